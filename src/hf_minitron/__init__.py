@@ -1,0 +1,42 @@
+"""Make a big language model small: structured pruning and distillation after the Minitron papers, on Hugging Face."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:  # for editors; at run time a name is imported when it is first used
+    from hf_minitron.distill.kd_head import KDOutput as KDOutput
+    from hf_minitron.distill.kd_head import fused_linear_kd as fused_linear_kd
+    from hf_minitron.distill.trainer import DistillationConfig as DistillationConfig
+    from hf_minitron.distill.trainer import DistillationTrainer as DistillationTrainer
+    from hf_minitron.evaluate.perplexity import PerplexityResult as PerplexityResult
+    from hf_minitron.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
+    from hf_minitron.prune.importance import ImportanceScores as ImportanceScores
+    from hf_minitron.prune.plan import PruneConfig as PruneConfig
+    from hf_minitron.prune.plan import PrunePlan as PrunePlan
+    from hf_minitron.prune.pruner import PrunerForCausalLM as PrunerForCausalLM
+
+_MODULES = {
+    "DistillationConfig": "distill.trainer",
+    "DistillationTrainer": "distill.trainer",
+    "ImportanceScores": "prune.importance",
+    "KDOutput": "distill.kd_head",
+    "PerplexityResult": "evaluate.perplexity",
+    "PruneConfig": "prune.plan",
+    "PrunePlan": "prune.plan",
+    "PrunerForCausalLM": "prune.pruner",
+    "evaluate_perplexity": "evaluate.perplexity",
+    "fused_linear_kd": "distill.kd_head",
+}
+__all__ = sorted(_MODULES)
+
+
+def __getattr__(name: str):
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_MODULES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

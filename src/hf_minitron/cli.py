@@ -1,0 +1,239 @@
+"""``hf-minitron``: one sub-command per stage, whose options are the fields of the stage's dataclasses."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
+
+from hf_minitron import __version__
+
+USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: files, disk, Hub
+
+
+@dataclass(frozen=True)
+class Command:
+    """A sub-command: the field that its first word fills, dataclasses of its options, its function, its summary.
+
+    Names are resolved when the command runs, so that ``hf-minitron --help`` need not import torch.
+    """
+
+    summary: str
+    positional: str
+    options: tuple[str, ...]
+    run: str
+    report: Callable[..., str]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit status: 0, 2 for what the user can mend, 130 after Ctrl-C."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(overview())
+        return 0 if words else 2
+    if words[0] == "--version":
+        print(f"hf-minitron {__version__}")
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"error: {words[0]!r} is no command. Use one of {', '.join(COMMANDS)}.", file=sys.stderr)
+        return 2
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    try:
+        return run_command(words[0], words[1:])
+    except KeyboardInterrupt:
+        print("\nstopped; nothing incomplete stands under the output's name", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def overview() -> str:
+    """What ``hf-minitron --help`` prints: the stages in their order."""
+    lines = [f"  {name:<9} {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: hf-minitron COMMAND ... [--config FILE.yaml]",
+            "",
+            "Make a big language model small. The stages, in order:",
+            *lines,
+            "",
+            "hf-minitron COMMAND --help lists a command's options. Options may stand in a YAML file; flags win "
+            "over it.",
+        ]
+    )
+
+
+def run_command(name: str, words: list[str]) -> int:
+    """Parses the words of one command, runs its stage and prints the summary."""
+    command = COMMANDS[name]
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    parsed = _parse(name, command, words)
+    result = _resolve(command.run)(*parsed)
+    print(json.dumps(result.as_dict(), indent=2) if as_json else command.report(result, *parsed))
+    return 0
+
+
+def _parse(name: str, command: Command, words: list[str]) -> tuple[Any, ...]:
+    from trl import TrlParser
+
+    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    if words and not words[0].startswith("-"):
+        words[:1] = [f"--{command.positional}", words[0]]
+    what = command.positional.split("_")[0].upper()
+    parser = TrlParser(
+        [_resolve(option) for option in command.options],
+        prog=f"hf-minitron {name}",
+        usage=f"hf-minitron {name} {what} [options] [--config FILE.yaml] [--json]",
+        description=command.summary,
+        allow_abbrev=False,
+    )
+    *parsed, unknown = parser.parse_args_and_config(words, return_remaining_strings=True)
+    options = [option for action in parser._actions for option in action.option_strings]
+    for word in unknown:
+        if word.startswith("-"):
+            near = difflib.get_close_matches(word.split("=")[0], options, n=2)
+            hint = f"Did you mean {' or '.join(near)}?" if near else f"See hf-minitron {name} --help."
+            raise ValueError(f"{word} is no option of hf-minitron {name}. {hint}")
+    if unknown:
+        raise ValueError(
+            f"{' '.join(unknown)}: hf-minitron {name} takes one {what}, and options. See hf-minitron {name} --help."
+        )
+    return tuple(parsed)
+
+
+def _resolve(name: str) -> Any:
+    module, attribute = name.rsplit(".", 1)
+    return getattr(import_module(f"hf_minitron.{module}"), attribute)
+
+
+def report_plan(report: Any, model: Any, prune: Any) -> str:
+    """Sizes and parameters before and after, and the command that does it."""
+    from hf_minitron.publish.tables import markdown_table
+
+    rows = [
+        (key, f"{before:,}", f"{report.sizes[key]:,}", _percent(report.sizes[key], before))
+        for key, before in report.source_sizes.items()
+    ]
+    for part, before in report.source_parameters.items():
+        rows.append(
+            (
+                f"parameters: {part}",
+                f"{before:,}",
+                f"{report.parameters[part]:,}",
+                _percent(report.parameters[part], before),
+            )
+        )
+    sizes = " ".join(
+        f"--{key.replace('_', '-')} {size}" for key, size in report.sizes.items() if size != report.source_sizes[key]
+    )
+    table = markdown_table(("", "source", "pruned", "kept"), rows)
+    return f"{table}\n\nNext: hf-minitron prune {report.model} {sizes} --calibration-dataset DATA --output-dir DIR"
+
+
+def report_prune(report: Any, model: Any, calibration: Any, prune: Any, output: Any) -> str:
+    """The same table, and how to go on."""
+    table = report_plan(report, model, prune).split("\n\nNext:")[0]
+    return (
+        f"{table}\n\nWrote {output.output_dir}\nNext: hf-minitron distill {output.output_dir} --teacher-model "
+        f"{model.model} "
+        f"--dataset DATA --output-dir DIR"
+    )
+
+
+def report_scores(scores: Any, model: Any, calibration: Any, output: Any) -> str:
+    """What was scored and where it lies."""
+    axes = ", ".join(scores.axes)
+    return (
+        f"Scored {axes} on {scores.info['num_samples']:,} rows ({scores.info['num_tokens']:,} tokens); wrote "
+        f"{output.output_file}\n"
+        f"Next: hf-minitron prune {model.model} --scores {output.output_file} --hidden-size N "
+        "--intermediate-size M --output-dir DIR"
+    )
+
+
+def report_distill(report: Any, arguments: Any, config: Any) -> str:
+    """Held-out metrics before and after, and how to go on."""
+    from hf_minitron.publish.tables import markdown_table
+
+    lines = []
+    if report.metrics:
+        rows = [(key, _number(report.metrics_before.get(key)), _number(value)) for key, value in report.metrics.items()]
+        lines.append(markdown_table(("held-out", "before", "after"), rows) + "\n")
+    lines.append(f"Trained on {report.num_tokens:,} tokens; wrote {report.output_dir}")
+    lines.append(f"Next: hf-minitron evaluate {report.output_dir} --dataset HELD_OUT")
+    return "\n".join(lines)
+
+
+def report_evaluation(result: Any, arguments: Any) -> str:
+    """Loss, perplexity and bits per byte."""
+    from hf_minitron.publish.tables import markdown_table
+
+    return markdown_table(
+        ("measure", arguments.model), [(key, _number(value)) for key, value in result.as_dict().items()]
+    )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+COMMANDS = {
+    "plan": Command(
+        "Show sizes and parameters before and after, from the config alone.",
+        "model",
+        ("prune.stage.ModelArguments", "prune.plan.PruneConfig"),
+        "prune.stage.plan_pruning",
+        report_plan,
+    ),
+    "score": Command(
+        "Measure importance of neurons, heads, channels and layers on calibration text.",
+        "model",
+        ("prune.stage.ModelArguments", "prune.stage.CalibrationArguments", "prune.stage.ScoreOutput"),
+        "prune.stage.score_checkpoint",
+        report_scores,
+    ),
+    "prune": Command(
+        "Write a smaller checkpoint that keeps what matters most.",
+        "model",
+        (
+            "prune.stage.ModelArguments",
+            "prune.stage.CalibrationArguments",
+            "prune.plan.PruneConfig",
+            "prune.stage.PruneOutput",
+        ),
+        "prune.stage.prune_checkpoint",
+        report_prune,
+    ),
+    "distill": Command(
+        "Train the pruned model on its teacher's logits.",
+        "student_model",
+        ("distill.stage.DistillArguments", "distill.trainer.DistillationConfig"),
+        "distill.stage.distill_checkpoint",
+        report_distill,
+    ),
+    "evaluate": Command(
+        "Loss, perplexity and bits per byte on held-out text.",
+        "model",
+        ("evaluate.stage.EvaluateArguments",),
+        "evaluate.stage.evaluate_checkpoint",
+        report_evaluation,
+    ),
+}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

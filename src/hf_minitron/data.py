@@ -1,0 +1,450 @@
+"""Text comes in here: for calibration, distillation and evaluation alike.
+
+``load_text`` reads any source as rows of the one column ``text``; ``pack_rows`` turns them into rows of token ids;
+``fingerprint_rows`` and ``describe_source`` say in the lineage what was read.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from datasets import (
+    Dataset,
+    Features,
+    IterableDataset,
+    List,
+    Value,
+    are_progress_bars_disabled,
+    concatenate_datasets,
+    disable_progress_bars,
+    enable_progress_bars,
+    load_dataset,
+)
+from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HTTPError  # of whichever client the Hub library stands on
+from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
+from trl import pack_dataset
+
+logger = logging.getLogger(__name__)
+
+TEXT_COLUMNS = ("text", "content", "story")  # taken in this order when no column is named
+BLOCK_CHARACTERS = 1 << 22  # tokenized and packed at a time; about a million tokens
+SHUFFLE_BUFFER = 10_000  # documents held to shuffle a stream
+NUM_NAMED_FILES = 20  # in a lineage record; the others are counted and hashed
+
+_SUFFIXES = {  # the builder in `datasets` -> suffixes
+    "json": "json|jsonl|ndjson",
+    "parquet": "parquet",
+    "csv": "csv",
+    "text": "txt|text|raw|md|rst|tex|c|cc|cpp|cs|cu|cuh|el|f90|go|h|hpp|hs|java|jl|js|jsx|kt|lisp|lua|ml|php|pl|py|pyi|"
+    "r|rb|rs|scala|sh|sql|swift|ts|tsx",
+}
+_BUILDERS = {
+    builder: re.compile(rf"\.({suffixes})(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
+    for builder, suffixes in _SUFFIXES.items()
+}
+_NOT_DATA = re.compile(r"(readme|licen[sc]e|notice|(config|state|dataset_infos?|dataset_dict)\.json$)", re.IGNORECASE)
+_SPLITS = {
+    split: re.compile(rf"(^|[-._ /])({words})([-._ /\d]|$)")
+    for split, words in {
+        "train": "train|training",
+        "validation": "validation|valid|dev|val",
+        "test": "test|testing|eval|evaluation",
+    }.items()
+}
+
+
+def load_text(
+    source: str | os.PathLike | Dataset | IterableDataset,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str | None = None,
+    revision: str | None = None,
+    streaming: bool | None = None,
+    token: str | bool | None = None,
+) -> Dataset | IterableDataset:
+    """The documents of ``source``, one a row, in the one column ``text``; rows without text are left out.
+
+    ``source`` is a data set, a Hub id (streamed unless ``streaming=False``), or a file, folder or glob: plain text is
+    one document a file; JSON (lines, a list of records or of strings), Parquet and CSV are one a row; all may be
+    compressed (.gz, .bz2, .xz, .zst). A path that exists wins over a Hub id. In a folder of records the file names tell
+    the splits, as on the Hub (``train.jsonl``, ``test-00000-of-00002.parquet``); if any does, files that name none are
+    left out. Plain text, globs and single files are all ``train``.
+
+    The text is in ``text_column``; else in ``text``, ``content`` or ``story``; else in the only column that holds
+    strings, or the only one that holds lists of strings, each then a document.
+
+    Raises FileNotFoundError if nothing is there, ValueError for mixed kinds of files, an unknown split, a column that
+    is not there, is not text or cannot be guessed, and for a source without any text.
+    """
+    name = type(source).__name__ if _is_dataset(source) else str(source)
+    if _is_dataset(source):
+        dataset = source
+    elif files := _find_files(source):
+        _check_local_options(name, config_name, revision)
+        dataset = _load_files(files, split, bool(streaming))
+    else:
+        dataset = _load_from_hub(name, config_name, split, revision, streaming is None or streaming, token)
+    return _only_text(dataset, text_column, name)
+
+
+def iterate_texts(texts: Iterable[str] | Dataset | IterableDataset) -> Iterator[str]:
+    """The documents of an iterable of strings or of a data set with the column ``text``, empty ones left out."""
+    if isinstance(texts, str | bytes):
+        raise TypeError(f"texts={texts[:40]!r} is one string: give a list of documents, or load_text(...) of a path.")
+    if isinstance(texts, Dataset | IterableDataset):
+        if texts.column_names and "text" not in texts.column_names:
+            raise ValueError(f"columns {texts.column_names} have no 'text': pass the data set through load_text first.")
+        texts = (row["text"] for row in texts)
+    for text in texts:
+        if text is not None and not isinstance(text, str):
+            raise TypeError(f"a document is a {type(text).__name__}: each must be a string.")
+        if text and not text.isspace():
+            yield text
+
+
+def pack_rows(
+    texts: Iterable[str] | Dataset | IterableDataset,
+    tokenizer: PreTrainedTokenizerBase,
+    sequence_length: int,
+    *,
+    max_rows: int | None = None,
+    seed: int | None = None,
+) -> Dataset:
+    """Rows of exactly ``sequence_length`` token ids in the column ``input_ids`` (int32, in memory: 4 bytes a token).
+
+    Every document is tokenized whole, without special tokens, and closed by eos if the tokenizer has one; bos stands
+    in front only if the tokenizer adds it by itself, as the model then saw it in training. Documents follow each other
+    (``trl.pack_dataset``, strategy "wrapped") and rows may cut them anywhere; only the tokens after the last full row
+    of the whole data set are lost.
+
+    Without ``seed`` these are the first ``max_rows`` rows. With it, documents are shuffled first (a stream: within
+    10,000 of them, and its shards) and the rows are a sample of what was read. Reading stops when ``max_rows`` are
+    there; without ``max_rows`` everything is read, which for a big Hub stream may be more than memory holds.
+
+    Raises ValueError if not even one row comes out.
+    """
+    if sequence_length < 1 or (max_rows is not None and max_rows < 1):
+        raise ValueError(f"{sequence_length=}, {max_rows=}: both must be at least 1.")
+    documents = iterate_texts(texts if seed is None else _shuffle(texts, seed))
+    blocks: list[Dataset] = []
+    rest: list[int] = []
+    num_documents = num_rows = 0
+    with _no_progress_bars(), tqdm(total=max_rows, desc="packing", unit=" rows", disable=None) as bar:
+        while max_rows is None or num_rows < max_rows:
+            # A token is hardly ever shorter than a character, so this much is needed in any case.
+            missing = BLOCK_CHARACTERS if max_rows is None else (max_rows - num_rows) * sequence_length - len(rest)
+            block = _take_characters(documents, min(BLOCK_CHARACTERS, missing))
+            if not block:
+                break
+            num_documents += len(block)
+            rows, rest = _pack_block([rest, *_tokenize(block, tokenizer)], sequence_length)
+            if len(rows):
+                blocks.append(rows)
+                num_rows += len(rows)
+                bar.update(len(rows))
+    if not blocks:
+        raise ValueError(
+            f"{len(rest):,} tokens in {num_documents:,} documents are fewer than one row of {sequence_length=}. "
+            "Use more text or a shorter sequence_length."
+        )
+    if max_rows is not None and num_rows < max_rows:
+        logger.warning("The text gives %d rows of %d tokens; max_rows=%d.", num_rows, sequence_length, max_rows)
+    rows = concatenate_datasets(blocks)
+    return rows if max_rows is None or num_rows <= max_rows else rows.select(_choose(num_rows, max_rows, seed))
+
+
+def fingerprint_rows(dataset: Dataset) -> str:
+    """sha256 over the token ids of the column ``input_ids`` and where rows end, as little-endian int64.
+
+    It is the hash of two digests, that of all row lengths and that of all ids, so storage and batching do not matter.
+    """
+    lengths, ids = hashlib.sha256(), hashlib.sha256()
+    for table in dataset.select_columns(["input_ids"]).with_format("arrow").iter(batch_size=1000):
+        column = table["input_ids"].combine_chunks()
+        lengths.update(np.asarray(pc.list_value_length(column)).astype("<i8").tobytes())
+        ids.update(np.asarray(pc.list_flatten(column)).astype("<i8").tobytes())
+    return hashlib.sha256(lengths.digest() + ids.digest()).hexdigest()
+
+
+def describe_source(
+    source: str | os.PathLike | Dataset | IterableDataset,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    text_column: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+) -> dict[str, Any]:
+    """What was read, for the lineage: no absolute paths, no tokens; what is unknown is left out.
+
+    A Hub id comes with the commit it stands for now, if the Hub can be asked. Files come with their names, relative to
+    their common folder, and a sha256: of one file that of its content, of several that of the listing which
+    ``sha256sum`` prints for them. A data set that was passed in has its own fingerprint.
+    """
+    if _is_dataset(source):
+        facts = {"kind": "dataset", "fingerprint": getattr(source, "_fingerprint", None)}
+        facts["num_rows"] = len(source) if isinstance(source, Dataset) else None
+    elif files := _find_files(source):
+        facts = _describe_files(files, split)
+    else:
+        commit = _resolve_commit(str(source), revision, token)
+        facts = {"kind": "hub", "id": str(source), "config": config_name, "revision": revision, "commit": commit}
+    facts |= {"split": split if facts["kind"] == "hub" else None, "text_column": text_column}
+    return {key: value for key, value in facts.items() if value is not None}
+
+
+def _is_dataset(source: Any) -> bool:
+    if isinstance(source, dict):
+        raise TypeError(f"source is a {type(source).__name__} of {list(source)}: pass one of its splits.")
+    return isinstance(source, Dataset | IterableDataset)
+
+
+class _Files(NamedTuple):
+    """Files of one kind: the builder of `datasets` that reads them, and the files of each split."""
+
+    source: str | os.PathLike
+    builder: str
+    by_split: dict[str, list[Path]]
+
+    def of_split(self, split: str) -> list[Path]:
+        """The files that ``split`` draws on; it may be cut and summed as in `datasets`: "train[:1%]+test"."""
+        parts = [part.split("[")[0].strip() for part in split.split("+")]
+        if unknown := [part for part in parts if part not in self.by_split]:
+            has = ", ".join(map(repr, self.by_split))
+            raise ValueError(f"split={split!r}: {self.source} has no {unknown[0]!r}, only {has}. Use one of these.")
+        return [path for part, paths in self.by_split.items() if part in parts for path in paths]
+
+
+def _find_files(source: str | os.PathLike) -> _Files | None:
+    """The files that ``source`` names: a file, a folder or a glob; None if it can only be a Hub id.
+
+    Raises FileNotFoundError for what looks like a path but is not there, ValueError for kinds of files that are mixed.
+    """
+    path = Path(source).expanduser()
+    if path.is_file():
+        return _Files(path, _builder_of(path) or "text", {"train": [path]})
+    if path.is_dir():
+        return _folder_files(path)
+    is_glob = glob.has_magic(str(path))
+    found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()] if is_glob else []
+    if found:
+        builder, paths = _one_kind({p: _builder_of(p) or "text" for p in found if _is_data(p.name)}, source)
+        return _Files(path, builder, {"train": paths})
+    looks_like_path = isinstance(source, os.PathLike) or str(source).startswith((".", "/", "~", "\\"))
+    if looks_like_path or is_glob or _builder_of(path):
+        raise FileNotFoundError(f"{source}: no such file, folder or match. A Hub data set is given as 'owner/name'.")
+    return None
+
+
+def _folder_files(folder: Path) -> _Files:
+    names = {path: path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    builders = {path: _builder_of(path) for path, name in names.items() if _is_data(name)}
+    builder, paths = _one_kind({path: builder for path, builder in builders.items() if builder}, folder)
+    by_split: dict[str, list[Path]] = {}
+    for path in paths if builder != "text" else ():
+        if split := _split_of(names[path]):
+            by_split.setdefault(split, []).append(path)
+    return _Files(folder, builder, by_split or {"train": paths})
+
+
+def _split_of(name: str) -> str | None:
+    """The split that a path names: its file name first, then its folders."""
+    folders, _, file = name.lower().rpartition("/")
+    return next((split for part in (file, folders) for split, words in _SPLITS.items() if words.search(part)), None)
+
+
+def _builder_of(path: Path) -> str | None:
+    return next((builder for builder, suffix in _BUILDERS.items() if suffix.search(path.name)), None)
+
+
+def _is_data(name: str) -> bool:
+    """Not hidden, not in a hidden or cache folder, not a README, a licence or the like; ``name`` is relative."""
+    parts = name.split("/")
+    return not any(part.startswith((".", "__pycache__")) for part in parts) and not _NOT_DATA.match(parts[-1])
+
+
+def _one_kind(builders: dict[Path, str], source: str | os.PathLike) -> tuple[str, list[Path]]:
+    kinds = sorted(set(builders.values()))
+    if not kinds:
+        raise ValueError(f"{source} has no text, JSON, Parquet or CSV files. Name the file itself if it is plain text.")
+    if len(kinds) > 1:
+        examples = [f"{kind} (such as {min(p.name for p, b in builders.items() if b == kind)})" for kind in kinds]
+        raise ValueError(f"{source} mixes kinds of files: {', '.join(examples)}. Use a glob such as '*.jsonl'.")
+    return kinds[0], sorted(builders)
+
+
+def _check_local_options(name: str, config_name: str | None, revision: str | None) -> None:
+    if config_name is not None or revision is not None:
+        raise ValueError(f"{config_name=}, {revision=} are for Hub data sets, but {name} is a path: leave them out.")
+
+
+def _load_files(files: _Files, split: str, streaming: bool) -> Dataset | IterableDataset:
+    """Rows of the files: a document a row for plain text, else as stored, with all columns."""
+    paths = files.of_split(split)
+    patterns = {part: [glob.escape(str(path.absolute())) for path in files.by_split[part]] for part in files.by_split}
+    options = {"sample_by": "document"} if files.builder == "text" else {}
+    try:
+        return load_dataset(files.builder, data_files=patterns, split=split, streaming=streaming, **options)
+    except DatasetGenerationError as error:
+        if isinstance(error.__cause__, UnicodeDecodeError) and files.builder == "text":
+            raise ValueError(f"{_first_not_utf8(paths)} is not UTF-8 text: convert it or leave it out.") from error
+        raise ValueError(f"{files.source} cannot be read as {files.builder}: {error.__cause__ or error}") from error
+
+
+def _first_not_utf8(paths: list[Path]) -> Path | None:
+    for path in paths:
+        try:
+            path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            return path
+    return None
+
+
+def _load_from_hub(
+    name: str, config_name: str | None, split: str, revision: str | None, streaming: bool, token: str | bool | None
+) -> Dataset | IterableDataset:
+    try:
+        return load_dataset(name, config_name, split=split, revision=revision, streaming=streaming, token=token)
+    except DatasetNotFoundError as error:
+        raise FileNotFoundError(f"{name} is neither a path here nor a Hub data set to be read: {error}") from error
+
+
+def _only_text(dataset: Dataset | IterableDataset, text_column: str | None, name: str) -> Dataset | IterableDataset:
+    dataset = dataset.with_format(None)
+    features = dataset.features or Dataset.from_list(list(dataset.take(100))).features
+    column, is_list = _find_text_column(features, text_column, name)
+    dataset = dataset.select_columns([column])
+    dataset = dataset if column == "text" else dataset.rename_column(column, "text")
+    # In memory, as `datasets` would otherwise put its cache files beside a data set that the user saved; a stream row
+    # by row, as it would otherwise read a thousand rows ahead.
+    options = {"keep_in_memory": True} if isinstance(dataset, Dataset) else {"batch_size": 1}
+    with _no_progress_bars():
+        if is_list:
+            lists = {"remove_columns": ["text"], "features": Features({"text": Value("string")})}
+            dataset = dataset.map(_flatten, input_columns=["text"], batched=True, **lists, **options)
+        filtered = dataset.filter(_have_text, input_columns=["text"], batched=True, **options)
+    if next(iter(filtered), None) is None:
+        raise ValueError(f"{name} has no text in its column {column!r}: all is empty. Name another --text-column.")
+    return dataset if isinstance(dataset, Dataset) and len(filtered) == len(dataset) else filtered
+
+
+def _find_text_column(features: Features, text_column: str | None, name: str) -> tuple[str, bool]:
+    """The column to read and whether it holds lists of strings."""
+    strings = [column for column, kind in features.items() if _is_string(kind)]
+    lists = [column for column, kind in features.items() if _is_string(getattr(kind, "feature", None))]
+    columns = f"Its columns are {', '.join(map(repr, features)) or 'none'}"
+    if text_column is not None:
+        if text_column not in strings + lists:
+            problem = "is not text" if text_column in features else "is not there"
+            raise ValueError(
+                f"text_column={text_column!r} {problem} in {name}. {columns}; text is in {strings + lists}."
+            )
+        return text_column, text_column in lists
+    for column in TEXT_COLUMNS:
+        if column in strings:
+            return column, False
+    if len(strings) == 1 or (not strings and len(lists) == 1):
+        return (strings or lists)[0], not strings
+    raise ValueError(f"{name} has {len(strings)} columns of strings. {columns}. Name the one to read by --text-column.")
+
+
+def _is_string(kind: Any) -> bool:
+    return isinstance(kind, Value) and kind.dtype in ("string", "large_string")
+
+
+def _have_text(texts: list[str | None]) -> list[bool]:
+    return [bool(text) and not text.isspace() for text in texts]
+
+
+def _flatten(lists: list[list[str] | None]) -> dict[str, list[str]]:
+    return {"text": [text for strings in lists for text in strings or ()]}
+
+
+def _shuffle(texts: Iterable[str] | Dataset | IterableDataset, seed: int) -> Dataset | IterableDataset:
+    if isinstance(texts, IterableDataset):
+        return texts.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+    if not isinstance(texts, Dataset):
+        texts = Dataset.from_dict({"text": list(iterate_texts(texts))})
+    return texts.shuffle(seed=seed, keep_in_memory=True)
+
+
+def _choose(num_rows: int, max_rows: int, seed: int | None) -> Iterable[int]:
+    return range(max_rows) if seed is None else np.random.default_rng(seed).permutation(num_rows)[:max_rows]
+
+
+def _take_characters(documents: Iterator[str], num_characters: int) -> list[str]:
+    block: list[str] = []
+    for document in documents:
+        block.append(document)
+        num_characters -= len(document)
+        if num_characters <= 0:
+            break
+    return block
+
+
+def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    ids = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    start = first if first == [tokenizer.bos_token_id] else []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [[*start, *document, *end] for document in ids]
+
+
+def _pack_block(documents: list[list[int]], sequence_length: int) -> tuple[Dataset, list[int]]:
+    """Full rows, and the tokens after the last of them, which open the next block."""
+    dataset = Dataset.from_dict({"input_ids": documents}, features=Features({"input_ids": List(Value("int32"))}))
+    rows = pack_dataset(dataset, sequence_length, strategy="wrapped", map_kwargs={"batch_size": None})
+    last = rows[-1]["input_ids"]
+    return (rows, []) if len(last) == sequence_length else (rows.select(range(len(rows) - 1)), last)
+
+
+@contextmanager
+def _no_progress_bars() -> Iterator[None]:
+    """`datasets` draws a bar for every block and filter; ours is enough."""
+    if are_progress_bars_disabled():
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
+def _describe_files(files: _Files, split: str) -> dict[str, Any]:
+    paths = [path.absolute() for path in files.of_split(split)]
+    common = os.path.commonpath([path.parent for path in paths])
+    hashes = {}
+    for name, path in sorted((path.relative_to(common).as_posix(), path) for path in paths):
+        with path.open("rb") as file:
+            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
+    listing = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
+    return {
+        "kind": "files",
+        "files": list(hashes)[:NUM_NAMED_FILES],
+        "num_files": len(hashes),
+        "num_bytes": sum(path.stat().st_size for path in paths),
+        "sha256": hashlib.sha256(listing.encode()).hexdigest() if len(hashes) > 1 else next(iter(hashes.values())),
+    }
+
+
+def _resolve_commit(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:
+    try:
+        return HfApi(token=token).dataset_info(repo_id, revision=revision, timeout=10).sha
+    except (HTTPError, OSError) as error:
+        logger.warning("The commit of %s is unknown, as the Hub cannot be asked: %s", repo_id, error)
+        return None

@@ -1,0 +1,1 @@
+"""Distil a teacher's distribution over the vocabulary into a smaller student."""

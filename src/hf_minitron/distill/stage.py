@@ -1,0 +1,279 @@
+"""The stage ``distill`` as the command line and recipes run it: two checkpoints and text in, a trained student out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import PartialState
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.trainer_utils import get_last_checkpoint
+
+from hf_minitron.checkpoint import Checkpoint, check_finite, check_output_dir, copy_companions, write_tensors
+from hf_minitron.data import describe_source, fingerprint_rows, load_text, pack_rows
+from hf_minitron.distill.trainer import DistillationConfig, DistillationTrainer
+from hf_minitron.hardware import fast_dtype, parse_dtype
+from hf_minitron.lineage import Stage, append_stage, settings_dict
+
+LOG_FILE = "distill_log.json"
+MAX_LENGTH = 4096  # tokens per packed row, where the model allows more
+_TOLD_ELSEWHERE = {"student_model", "teacher_model", "dataset", "eval_dataset", "output_dir", "logging_dir", "run_name"}
+_TOLD_ELSEWHERE |= {"overwrite", "resume_from_checkpoint", "disable_tqdm", "report_to"}  # nothing about the result
+PLAN_FILE = "prune_plan.json"  # travels along: cards of the distilled model link the kept indices
+
+
+@dataclass
+class DistillArguments:
+    """Which student learns from which teacher, on which text."""
+
+    student_model: str = field(metadata={"help": "Hub id or folder of the pruned model to train."})
+    teacher_model: str = field(metadata={"help": "Hub id or folder of the teacher, usually the model that was pruned."})
+    dataset: str = field(
+        metadata={"help": ("Training text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet).")}
+    )
+    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
+    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
+    text_column: str | None = field(
+        default=None, metadata={"help": ("Column that holds the text; found by itself where only one can.")}
+    )
+    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out text, read like --dataset."})
+    eval_split: str | None = field(
+        default=None, metadata={"help": "Split to evaluate on (default: validation, or train of another source)."}
+    )
+    max_length: int | None = field(
+        default=None, metadata={"help": ("Tokens per packed row (default: what the student takes, at most 4096).")}
+    )
+    max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many packed rows for training."})
+    max_eval_rows: int = field(default=256, metadata={"help": "Use at most so many packed rows for evaluation."})
+    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub student."})
+    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."})
+    teacher_dtype: str = field(
+        default="auto",
+        metadata={"help": ("float32, bfloat16 or float16 (auto: bfloat16 where it is fast, else float32).")},
+    )
+    trust_remote_code: bool = field(
+        default=False, metadata={"help": ("Run code that the models' repositories bring along.")}
+    )
+    overwrite: bool = field(default=False, metadata={"help": "Replace output_dir if it is not empty."})
+
+
+@dataclass(frozen=True)
+class DistillReport:
+    """What training gave: held-out metrics before and after (empty without held-out text), tokens, the log, seconds."""
+
+    output_dir: Path
+    num_tokens: int
+    metrics: dict[str, float]
+    metrics_before: dict[str, float]
+    log_history: list[dict[str, Any]]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        return dataclasses.asdict(self) | {"output_dir": str(self.output_dir)}
+
+
+def distill_checkpoint(arguments: DistillArguments, config: DistillationConfig) -> DistillReport:
+    """Trains the student on the teacher's logits and writes it, in its own dtype, with tokenizer and lineage.
+
+    The student trains with fp32 weights, whatever it is stored in. An interrupted run leaves ``checkpoint-*`` folders
+    in ``output_dir`` and goes on with ``resume_from_checkpoint`` ("true", or one of them).
+    """
+    stage = Stage("distill", settings=_settings(arguments, config))
+    output_dir, resume = Path(config.output_dir), _find_resume(arguments, config)
+    student = _open(arguments.student_model, arguments.student_revision, arguments)
+    teacher = _open(arguments.teacher_model, arguments.teacher_revision, arguments)
+    _check_vocabularies(student, teacher, config)
+    teacher_dtype = parse_dtype(arguments.teacher_dtype) or fast_dtype(config.device)
+    tokenizer = AutoTokenizer.from_pretrained(student.folder)
+    max_length = _max_length(arguments, student)
+    with PartialState().main_process_first():
+        train = _train_rows(arguments, config, tokenizer, max_length)
+        held_out = _held_out_rows(arguments, tokenizer, max_length)
+    if resume is None:
+        _empty(output_dir)
+    trainer = DistillationTrainer(
+        model=_load(student, torch.float32, arguments),
+        teacher_model=_load(teacher, teacher_dtype, arguments),
+        args=config,
+        train_dataset=train.dataset,
+        eval_dataset=held_out.dataset if held_out else None,
+        processing_class=tokenizer,
+    )
+    before = _metrics(trainer.evaluate()) if held_out and resume is None else {}
+    seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
+    after = _metrics(trainer.evaluate()) if held_out else {}
+    report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
+    stage.inputs = {"student": student.source, "teacher": teacher.source}
+    stage.data = {"max_length": max_length, "train": train.facts} | ({"held_out": held_out.facts} if held_out else {})
+    stage.tokens = report.num_tokens
+    stage.metrics = {"before": before, "after": after} if after else None
+    save_student(trainer, student, output_dir, stage)
+    return report
+
+
+def save_student(trainer: DistillationTrainer, source: Checkpoint, output_dir: Path, stage: Stage) -> None:
+    """Writes the trained student over its checkpoints' folder: weights in the source's dtype, the lineage last.
+
+    A folder with ``minitron.json`` is therefore complete. Every process must call this: sharded weights are gathered.
+    """
+    gathered, whole = output_dir / ".gathered.tmp", output_dir / ".student.tmp"
+    trainer.save_model(str(gathered))
+    if trainer.is_world_process_zero():
+        shutil.rmtree(whole, ignore_errors=True)
+        whole.mkdir(parents=True)
+        trained = Checkpoint.open(gathered)
+        _write_in_dtype_of(source, trained, whole)
+        copy_companions(source.folder, whole)
+        if (source.folder / PLAN_FILE).is_file():
+            shutil.copyfile(source.folder / PLAN_FILE, whole / PLAN_FILE)
+        (whole / LOG_FILE).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+        stage.files = {LOG_FILE: "training log"}
+        for path in [*whole.iterdir()]:
+            os.replace(path, output_dir / path.name)
+        append_stage(stage, output_dir, source.folder)
+        shutil.rmtree(whole)
+        shutil.rmtree(gathered)
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write_in_dtype_of(source: Checkpoint, trained: Checkpoint, folder: Path) -> None:
+    """Copies weights and config, each tensor in the dtype that the source stores it in."""
+    dtypes = {name: source.dtype(name) if name in source else source.config.dtype for name in trained.names}
+    sizes = {name: math.prod(trained.shape(name)) * dtypes[name].itemsize for name in trained.names}
+    write_tensors(folder, sizes, lambda name: trained.read(name).to(dtypes[name]))
+    trained.config.dtype = source.config.dtype
+    trained.config.save_pretrained(folder)
+
+
+def _find_resume(arguments: DistillArguments, config: DistillationConfig) -> str | None:
+    """The checkpoint to go on from, if that was asked for; refuses a folder whose content would be lost or mixed up."""
+    output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
+    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    if resume is not None and str(resume).lower() in ("true", "last"):
+        if last is None:
+            raise FileNotFoundError(
+                f"resume_from_checkpoint={resume}: {output_dir} has no checkpoint-* folder. "
+                "Leave the option out to start."
+            )
+        return last
+    if resume is None and last is not None and not arguments.overwrite:
+        raise FileExistsError(
+            f"output_dir={output_dir} holds {Path(last).name} of an earlier run. Add --resume-from-checkpoint true to "
+            "go on from it, or --overwrite to start again."
+        )
+    if resume is None:
+        check_output_dir(output_dir, arguments.overwrite)
+    return resume
+
+
+def _empty(output_dir: Path) -> None:
+    if PartialState().is_main_process:
+        shutil.rmtree(output_dir, ignore_errors=True)
+        output_dir.mkdir(parents=True)
+    PartialState().wait_for_everyone()
+
+
+def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[str, Any]:
+    """What was asked for, but not what inputs and data tell; of the Trainer's settings those that were changed."""
+    asked = {key: value for key, value in settings_dict(arguments).items() if key not in _TOLD_ELSEWHERE}
+    default = settings_dict(DistillationConfig(output_dir=config.output_dir))
+    chosen = settings_dict(config)
+    always = ("temperature", "ce_weight", "learning_rate", "seed")
+    changed = {key: value for key, value in chosen.items() if key in always or value != default.get(key)}
+    return asked | {key: value for key, value in changed.items() if key not in _TOLD_ELSEWHERE}
+
+
+def _open(model: str, revision: str | None, arguments: DistillArguments) -> Checkpoint:
+    return Checkpoint.open(model, revision=revision, trust_remote_code=arguments.trust_remote_code)
+
+
+def _check_vocabularies(student: Checkpoint, teacher: Checkpoint, config: DistillationConfig) -> None:
+    """The same check as the Trainer's, but before weights and data are read."""
+    sizes = (student.config.vocab_size, teacher.config.vocab_size)
+    if sizes[0] != sizes[1] and config.vocab_limit is None:
+        raise ValueError(
+            f"the student has vocab_size={sizes[0]}, the teacher {sizes[1]}: the KL compares token by token. "
+            "Use a teacher with the same tokenizer, or --vocab-limit if the difference is padding."
+        )
+
+
+def _max_length(arguments: DistillArguments, student: Checkpoint) -> int:
+    limit = getattr(student.config, "max_position_embeddings", None) or MAX_LENGTH
+    length = arguments.max_length or min(limit, MAX_LENGTH)
+    if not 1 < length <= limit:
+        raise ValueError(
+            f"max_length={length}: the student takes 2 to {limit} tokens (max_position_embeddings). Choose a "
+            "length in that range."
+        )
+    return length
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """Packed rows and what the lineage says of them."""
+
+    dataset: Dataset
+    facts: dict[str, Any]
+
+
+def _read_rows(
+    source: str, how: dict[str, Any], tokenizer: PreTrainedTokenizerBase, length: int, most: int | None
+) -> _Rows:
+    rows = pack_rows(load_text(source, **how), tokenizer, length, max_rows=most)
+    return _Rows(rows, describe_source(source, **how) | {"fingerprint": fingerprint_rows(rows)})
+
+
+def _train_rows(
+    arguments: DistillArguments, config: DistillationConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> _Rows:
+    """No more rows than the run's steps can read, so that a stream of any size is only read as far as needed."""
+    most = arguments.max_train_rows
+    if config.max_steps > 0:
+        rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+        most = min(most or sys.maxsize, config.max_steps * rows_per_step)
+    how = {"config_name": arguments.dataset_config, "split": arguments.dataset_split}
+    return _read_rows(arguments.dataset, how | {"text_column": arguments.text_column}, tokenizer, max_length, most)
+
+
+def _held_out_rows(arguments: DistillArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Rows | None:
+    if arguments.eval_dataset is None:
+        return None
+    same = arguments.eval_dataset == arguments.dataset
+    how = {"split": _eval_split(arguments), "text_column": arguments.text_column}
+    how["config_name"] = arguments.dataset_config if same else None
+    return _read_rows(arguments.eval_dataset, how, tokenizer, max_length, arguments.max_eval_rows)
+
+
+def _eval_split(arguments: DistillArguments) -> str:
+    same = arguments.eval_dataset == arguments.dataset
+    split = arguments.eval_split or ("validation" if same else "train")
+    if same and split == arguments.dataset_split:
+        raise ValueError(
+            f"eval_dataset and dataset are both {arguments.dataset}, split {split}: held-out text must not be "
+            "trained on. Give another."
+        )
+    return split
+
+
+def _load(source: Checkpoint, dtype: torch.dtype, arguments: DistillArguments) -> PreTrainedModel:
+    model = AutoModelForCausalLM.from_pretrained(
+        source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=arguments.trust_remote_code
+    )
+    for name, parameter in model.named_parameters():
+        check_finite(name, parameter)
+    return model
+
+
+def _metrics(metrics: dict[str, float]) -> dict[str, float]:
+    """Evaluation's numbers without their prefix and without timings."""
+    names = ("kl", "lm_loss", "teacher_lm_loss", "perplexity", "teacher_perplexity", "top1_agreement", "num_tokens")
+    return {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}

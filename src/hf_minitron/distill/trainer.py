@@ -1,0 +1,421 @@
+"""`DistillationTrainer`: a transformers.Trainer whose loss is the fused KL against a teacher.
+
+The papers' method: forward KL on logits only, temperature 1, no cross-entropy (P2, arXiv 2408.11796, "Retraining";
+P1, arXiv 2407.14679, section 3). Off-policy: the teacher reads the same rows as the student, first, and leaves only
+its last hidden state.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import ExportableState
+
+from hf_minitron.distill.kd_head import IGNORE_INDEX, KDOutput, fused_linear_kd
+
+# Sums over tokens that training and evaluation report, in this order.
+SUM_NAMES = ("kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
+# Scalings of the logits after the head that `fused_linear_kd` does not apply, by the configs' key.
+LOGIT_SCALING_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """Settings of `DistillationTrainer`: the Trainer's own, and the loss's."""
+
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of both distributions in the KL, which is multiplied by its square."},
+    )
+    ce_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the student's cross-entropy on the data, added to the KL. The papers use 0."},
+    )
+    vocab_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Use only the first vocab_limit rows of both heads and renormalise: the tokenizer's length, when "
+            "student and teacher pad their vocabularies differently."
+        },
+    )
+    kd_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits are in memory at a time; by default it follows the device."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Hide NaN and infinite losses from the log, at the price of a synchronisation per batch. "
+            "Distillation stops on them either way, at the next log or save."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} is not above 0: logits are divided by it. Use 1.0.")
+        if not self.ce_weight >= 0:
+            raise ValueError(f"ce_weight={self.ce_weight} is negative: it weighs a loss. Use 0.0 for the KL alone.")
+        for name in ("vocab_limit", "kd_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not a positive count. Leave it out for the default.")
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False would weigh tokens differently in every process: the loss is a "
+                "mean over all tokens of the global batch. Leave it True."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no meaning here: the teacher's "
+                "distribution is the target. Use 0.0."
+            )
+
+
+@dataclass
+class CausalLMCollator:
+    """Stacks rows of unequal length into `input_ids`, `labels` and, only when something is masked, `attention_mask`.
+
+    Rows are padded on the right. Padding is known by length, never by its token: a text's own EOS counts even where
+    EOS is also the pad token. A row's `labels` are kept when it has them; otherwise its `input_ids` are the labels,
+    and -100 at padding and where its `attention_mask` is 0. The Trainer's shift by one happens later.
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        columns: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
+        for index, row in enumerate(rows):
+            for name, value in zip(columns, _row_tensors(index, row), strict=True):
+                columns[name].append(value)
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "attention_mask": 0}
+        batch = {
+            name: nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding[name])
+            for name, values in columns.items()
+        }
+        if bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]
+        return batch
+
+
+class DistillationTrainer(Trainer):
+    """Trains `model`, the student, to give the distribution over the next token that `teacher_model` gives.
+
+    Rows are dicts with `input_ids` and optionally `labels`, where -100 marks positions that are no targets. Loss and
+    metrics are means over the targets of the whole global batch, whatever the gradient accumulation, the padding and
+    the number of processes. `teacher_model` is frozen, put in eval mode and moved to the device; it is never saved.
+
+    Train logs add `kl` (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
+    `teacher_lm_loss` and `top1_agreement`, averaged over the targets since the last log, and `num_tokens_seen`, the
+    targets trained on so far. Evaluation reports the same over the whole set, and perplexities. All in nats.
+
+    Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        teacher_model: PreTrainedModel,
+        args: DistillationConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        data_collator: Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]] | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+        optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
+        optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+    ) -> None:
+        if not isinstance(args, DistillationConfig):
+            raise TypeError(f"args is a {type(args).__name__}, without the loss's settings: use DistillationConfig.")
+        _check_models(model, teacher_model, args.vocab_limit)
+        if args.n_gpu > 1:
+            raise ValueError(
+                f"{args.n_gpu} GPUs are visible to one process, which would copy the student to each of them in every "
+                "step. Start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
+            )
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or CausalLMCollator(_pad_token_id(model, processing_class)),
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=[_TokensSeen(), *(callbacks or [])],
+            optimizers=optimizers,
+            optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
+        )
+        if self.get_tp_size() * self.get_cp_size() * self.get_sp_size() > 1:
+            raise ValueError("Tensor, context and sequence parallelism split the loss's inputs: use data parallelism.")
+        # compute_loss divides by num_items_in_batch, which counts shifted labels of the whole accumulated batch.
+        self.model_accepts_loss_kwargs = True
+        self.loss_is_scaled_for_ga = True
+        self._loss_shifts_labels = True
+        self.teacher_model = teacher_model.eval().requires_grad_(False)
+        if getattr(teacher_model, "hf_device_map", None) is None:
+            self.teacher_model = teacher_model.to(args.device)
+        self._train_sums = self._new_sums()
+        self._eval_sums = self._new_sums()
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's, also right after an `evaluate`.
+
+        An evaluation before training marks the bare model as prepared, so that accelerate would not wrap it in DDP
+        and every process would silently train alone (transformers 5.23, accelerate 1.15).
+        """
+        if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+            self.model._is_accelerate_prepared = False
+        return super().train(*args, **kwargs)
+
+    @property
+    def num_tokens_seen(self) -> int:
+        """Targets trained on in all processes, as of the last log; the end of `train` counts as one."""
+        return self._tokens_seen().at_last_log
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+        """sum of the batch's losses * num_processes / num_items_in_batch: gradients are averaged over processes.
+
+        `num_items_in_batch` counts the targets of all processes and accumulated batches. Without it, as in a direct
+        call, the loss is the mean over this batch's own targets. With `return_outputs`, also a dict of `token_kl`,
+        `token_ce`, `teacher_token_ce` and `top1_agreement`, each [rows, length], about the token that follows.
+        """
+        kd = self._distill(model, inputs)
+        if num_items_in_batch is None:
+            loss = kd.loss / max(kd.num_tokens, 1)
+        else:
+            loss = kd.loss * (self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1))
+        if model.training:
+            self._train_sums += self._row_sums(kd, rows=1).sum(0)
+        if not return_outputs:
+            return loss
+        names = ("token_kl", "token_ce", "teacher_token_ce", "top1_agreement")
+        return loss, {name: getattr(kd, name).view_as(inputs["input_ids"]) for name in names}
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Tensor],
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Adds the batch's sums to the evaluation; its logits are never whole, so only its mean loss is returned."""
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad():
+            kd = self._distill(model, inputs)
+        row_sums = self._row_sums(kd, rows=inputs["input_ids"].shape[0])
+        # Processes get equally many rows by repeating some in the last batch; gather_for_metrics drops those again.
+        self._eval_sums += self.accelerator.gather_for_metrics(row_sums).sum(0)
+        return kd.loss / max(kd.num_tokens, 1), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: torch.utils.data.DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> Any:
+        """The Trainer's loop, its mean of batch means replaced by means over all targets."""
+        self._eval_sums = self._new_sums()
+        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        means = _means(self._eval_sums.tolist())
+        means["loss"] = self.args.temperature**2 * means["kl"] + self.args.ce_weight * means["lm_loss"]
+        means["perplexity"] = _perplexity(means["lm_loss"])
+        means["teacher_perplexity"] = _perplexity(means["teacher_lm_loss"])
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
+        return output
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Adds the distillation's averages to a train log. Every process must call it, as the Trainer does."""
+        if "loss" in logs or "train_loss" in logs:
+            sums = self._reduced_train_sums()
+            self._train_sums.zero_()
+            seen = self._tokens_seen()
+            seen.at_last_log += int(sums[-1])
+            seen.since_last_log = 0
+            if "loss" in logs:
+                means = _means(sums)
+                del means["num_tokens"]
+                logs.update(means, num_tokens_seen=seen.at_last_log)
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        self._tokens_seen().since_last_log = int(self._reduced_train_sums()[-1])
+        super()._save_checkpoint(model, trial)
+
+    def _distill(self, model: nn.Module, inputs: dict[str, Tensor]) -> KDOutput:
+        """The teacher's and then the student's pass over a batch. Tokens of the output: rows * length, flat."""
+        inputs = dict(inputs)
+        labels = inputs.pop("labels", None)
+        if labels is None:
+            raise ValueError(f"The batch has {sorted(inputs)} but no labels. Use a collator such as CausalLMCollator.")
+        following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        with torch.no_grad(), self.accelerator.autocast():
+            teacher_hidden = _last_hidden(self.teacher_model, inputs)
+        student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        results: list[KDOutput] = []
+
+        def forward(**student_inputs: Tensor) -> Tensor:
+            with self.accelerator.autocast():
+                kd = fused_linear_kd(
+                    _last_hidden(student, student_inputs),
+                    student.get_output_embeddings().weight,
+                    teacher_hidden,
+                    self.teacher_model.get_output_embeddings().weight,
+                    (following != IGNORE_INDEX).float(),
+                    labels=following,
+                    temperature=self.args.temperature,
+                    ce_weight=self.args.ce_weight,
+                    vocab_limit=self.args.vocab_limit,
+                    chunk_size=self.args.kd_chunk_size or "auto",
+                )
+            results.append(kd)
+            return kd.loss
+
+        with _redirected_forward(student, forward):
+            loss = model(**inputs)
+        kd = results.pop()
+        kd.loss = loss
+        return kd
+
+    def _new_sums(self) -> Tensor:
+        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
+        return torch.zeros(len(SUM_NAMES), dtype=dtype, device=self.args.device)
+
+    def _row_sums(self, kd: KDOutput, rows: int) -> Tensor:
+        """Sums over each row's targets, [rows, len(SUM_NAMES)], left on the device."""
+        counted = kd.token_mask
+        columns = (kd.token_kl, kd.token_ce, kd.teacher_token_ce, kd.top1_agreement, counted)
+        return torch.stack([c.detach().to(self._train_sums.dtype).view(rows, -1).sum(1) for c in columns], dim=1)
+
+    def _reduced_train_sums(self) -> list[float]:
+        """Sums since the last log over all processes. Raises FloatingPointError, in all of them, if not finite."""
+        sums = self.accelerator.reduce(self._train_sums.clone(), "sum").tolist()
+        if not all(math.isfinite(value) for value in sums):
+            last = max((entry["step"] for entry in self.state.log_history if "loss" in entry), default=0)
+            raise FloatingPointError(
+                f"The distillation loss became NaN or infinite between steps {last} and {self.state.global_step}: "
+                f"{dict(zip(SUM_NAMES, sums, strict=True))}. Lower learning_rate, set max_grad_norm, or resume from "
+                "the last checkpoint; with fp16, use bf16."
+            )
+        return sums
+
+    def _tokens_seen(self) -> _TokensSeen:
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, _TokensSeen))
+
+
+class _TokensSeen(TrainerCallback, ExportableState):
+    """Carries the count of trained targets through checkpoints, in trainer_state.json."""
+
+    def __init__(self) -> None:
+        self.at_last_log = 0
+        self.since_last_log = 0
+
+    def state(self) -> dict[str, Any]:
+        return {"args": {}, "attributes": {"at_last_log": self.at_last_log + self.since_last_log}}
+
+    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
+        stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        self.at_last_log = stored["attributes"]["at_last_log"] if stored else 0
+        self.since_last_log = 0
+
+
+@contextmanager
+def _redirected_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Lets `module` run `forward` while called through its wrapper, whose hooks (DDP, DeepSpeed, FSDP) still run."""
+    own = module.__dict__.get("forward")  # accelerate sets one for mixed precision
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def _last_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The state that the head reads, [rows * length, hidden], by the backbone alone: no logits are made."""
+    return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def _row_tensors(index: int, row: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """One row's input_ids, labels and attention_mask, [length] each."""
+    input_ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
+    if input_ids.numel() == 0:
+        raise ValueError(f"Row {index} of the batch has no tokens: there is nothing to learn from it. Filter it out.")
+    mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(input_ids)), dtype=torch.long)
+    labels = row.get("labels")
+    labels = input_ids.where(mask != 0, IGNORE_INDEX) if labels is None else torch.as_tensor(labels, dtype=torch.long)
+    if not input_ids.shape == labels.shape == mask.shape:
+        raise ValueError(
+            f"Row {index} of the batch has {len(input_ids)} input_ids, {len(labels)} labels and {len(mask)} entries of "
+            "attention_mask: each token has one of each."
+        )
+    return input_ids, labels, mask
+
+
+def _means(sums: Sequence[float]) -> dict[str, float]:
+    """Means over tokens of the SUM_NAMES, and their number; NaN when there are none."""
+    values = dict(zip(SUM_NAMES, sums, strict=True))
+    count = int(values.pop("num_tokens"))
+    means = {name: value / count if count else math.nan for name, value in values.items()}
+    return {**means, "num_tokens": count}
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows a double
+
+
+def _pad_token_id(model: PreTrainedModel, processing_class: Any) -> int:
+    """Any valid id would do, because padding is masked; the models' own makes batches readable."""
+    for source in (processing_class, model.config):
+        pad_token_id = getattr(source, "pad_token_id", None)
+        if isinstance(pad_token_id, int) and pad_token_id >= 0:
+            return pad_token_id
+    return 0
+
+
+def _check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit: int | None) -> None:
+    modules = set(student.modules())
+    shared = {id(parameter) for parameter in student.parameters()} & {id(value) for value in teacher.parameters()}
+    if teacher in modules or shared:
+        raise ValueError(
+            "Teacher and student share modules or parameters, so freezing one freezes the other and both would be "
+            "saved. Load the teacher on its own, or copy.deepcopy it."
+        )
+    sizes = {}
+    for role, model in (("student", student), ("teacher", teacher)):
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
+        if getattr(head, "bias", None) is not None:
+            raise ValueError(f"The {role}'s head has a bias, which the loss would ignore: not supported.")
+        for key in LOGIT_SCALING_KEYS:
+            if getattr(model.config, key, None) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"The {role}'s {key}={getattr(model.config, key)} changes its logits after the head, which the "
+                    "loss would ignore: not supported."
+                )
+        sizes[role] = head.weight.shape[0]
+    smaller = min(sizes.values())
+    if vocab_limit is None and sizes["student"] != sizes["teacher"]:
+        raise ValueError(
+            f"The student has {sizes['student']} vocabulary entries and the teacher {sizes['teacher']}: the KL "
+            f"needs one vocabulary. If only the padding differs, set vocab_limit to the tokenizer's length, at most "
+            f"{smaller}."
+        )
+    if vocab_limit is not None and vocab_limit > smaller:
+        raise ValueError(f"vocab_limit={vocab_limit} is more than the {smaller} entries that both models have.")

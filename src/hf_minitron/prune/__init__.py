@@ -1,0 +1,1 @@
+"""From a checkpoint and calibration text to a smaller checkpoint: importance, plan, trim."""

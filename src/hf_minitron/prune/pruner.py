@@ -1,0 +1,311 @@
+"""``PrunerForCausalLM``: a checkpoint in, scores, a plan and a smaller ordinary checkpoint out."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from hf_minitron.architectures import get_family
+from hf_minitron.checkpoint import (
+    Checkpoint,
+    ModelTensors,
+    TensorSource,
+    atomic_folder,
+    check_finite,
+    check_output_dir,
+    copy_companions,
+    write_tensors,
+)
+from hf_minitron.data import describe_source, fingerprint_rows
+from hf_minitron.hardware import fast_dtype, parse_dtype
+from hf_minitron.lineage import Stage, append_stage
+from hf_minitron.prune.calibration import is_text_source, load_calibration
+from hf_minitron.prune.importance import AXES, ImportanceScores, check_aggregation, check_axes, score_model
+from hf_minitron.prune.plan import (
+    PruneConfig,
+    PrunePlan,
+    count_parameters,
+    make_plan,
+    source_sizes,
+    target_config,
+    target_sizes,
+)
+from hf_minitron.prune.trim import Trimmer
+
+PLAN_FILE = "prune_plan.json"
+_WHICH_TEXT = ("config_name", "split", "text_column", "revision", "token")  # options of load_text that pick the text
+logger = logging.getLogger(__name__)
+
+
+class PrunerForCausalLM:
+    """Prunes a Llama- or Mistral-like model by width, the Minitron way (P1 arXiv 2407.14679, P2 arXiv 2408.11796).
+
+    Opening reads headers only. The model itself is loaded when it is scored; trimming reads one tensor at a time::
+
+        pruner = PrunerForCausalLM.from_pretrained("meta-llama/Llama-3.1-8B")
+        pruner.score("wikitext-103.jsonl")
+        small = pruner.prune(PruneConfig(hidden_size=3072, intermediate_size=9216))
+        pruner.save_pretrained("llama-3.1-4b-width")
+
+    ``PrunerForCausalLM(model, tokenizer)`` takes a model that is already in memory.
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
+        get_family(model.config)
+        self._set_up(model.config, None, ModelTensors(model))
+        self._tokenizer, self._model = tokenizer, model
+
+    def _set_up(self, config: PreTrainedConfig, dtype: torch.dtype | None, tensors: TensorSource) -> None:
+        if getattr(config, "quantization_config", None) is not None:
+            raise ValueError(
+                "the model is quantized (config.json has a quantization_config): packed weights have no rows "
+                "and columns "
+                "to keep. Prune the unquantized model."
+            )
+        self.config, self.dtype, self._tensors = config, dtype, tensors
+        self.scores: ImportanceScores | None = None
+        self._plan: PrunePlan | None = None
+        self._tokenizer = self._model = self._checkpoint = None
+        self._stage = Stage("prune")
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path,
+        *,
+        revision: str | None = None,
+        dtype: str | torch.dtype = "auto",
+        device_map: Any = None,
+        token: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> PrunerForCausalLM:
+        """Opens a Hub model or a checkpoint folder; only safetensors are read.
+
+        ``dtype`` is that of the pruned weights ("auto": as stored). ``device_map`` places the model for scoring, as in
+        transformers. Raises before any long work for a family that is not supported and for files that are missing or
+        damaged.
+        """
+        checkpoint = Checkpoint.open(model, revision=revision, token=token, trust_remote_code=trust_remote_code)
+        get_family(checkpoint.config)
+        self = cls.__new__(cls)
+        self._set_up(checkpoint.config, parse_dtype(dtype), checkpoint)
+        self._checkpoint = checkpoint
+        self._loading = {"device_map": device_map, "trust_remote_code": trust_remote_code}
+        return self
+
+    @property
+    def source(self) -> dict[str, Any]:
+        """What is pruned, for the lineage: Hub id and commit, or name and content hash."""
+        if self._checkpoint:
+            return self._checkpoint.source
+        name = self.config.name_or_path or "in memory"
+        return {"path": Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name}
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer; ValueError when it has none."""
+        if self._tokenizer is None and self._checkpoint:
+            self._tokenizer = AutoTokenizer.from_pretrained(self._checkpoint.folder)
+        if self._tokenizer is None:
+            raise ValueError(
+                "the model came without a tokenizer, so text cannot be read. Give PrunerForCausalLM(model, tokenizer)."
+            )
+        return self._tokenizer
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The source model, loaded when first needed."""
+        if self._model is None:
+            self._model = self._load_model()
+        return self._model
+
+    def score(
+        self,
+        calibration: Any,
+        *,
+        axes: tuple[str, ...] = AXES,
+        aggregation: tuple[str, str] = ("l2", "mean"),
+        batch_size: int = 8,
+        progress: bool = True,
+        **how_to_read: Any,
+    ) -> ImportanceScores:
+        """Scores the model in one forward pass and remembers the scores for ``plan``.
+
+        ``calibration`` is text (a Hub data set id, files, or a data set with a text column; ``how_to_read`` goes to
+        ``load_calibration``) or rows of token ids of equal length (a data set with ``input_ids``, a tensor, lists).
+        """
+        check_axes(axes)
+        check_aggregation(aggregation)
+        described = {}
+        if is_text_source(calibration):
+            which = {key: how_to_read[key] for key in _WHICH_TEXT if key in how_to_read}
+            described = {"calibration": describe_source(calibration, **which)}
+            calibration = load_calibration(calibration, self.tokenizer, self.config, **how_to_read)
+        rows = _as_rows(calibration, self.config.vocab_size)
+        scores = score_model(
+            self.model, rows, axes=axes, aggregation=aggregation, batch_size=batch_size, progress=progress
+        )
+        fingerprint = fingerprint_rows(Dataset.from_dict({"input_ids": rows}))
+        scores.info |= {"model": self.source, "fingerprint": fingerprint, **described}
+        scores.info["dtype"] = str(self.model.dtype).removeprefix("torch.")
+        self.scores = scores
+        return scores
+
+    def plan(self, config: PruneConfig) -> PrunePlan:
+        """Which indices stay, by the scores of the last ``score`` (or those set as ``pruner.scores``).
+
+        Sizes that the source or its config class cannot take are an error here, before anything is trimmed.
+        """
+        target_config(self.config, target_sizes(self.config, config))
+        if self.scores is not None:
+            _check_same_model(self.scores.info.get("model", {}), self.source)
+        return make_plan(self.config, config, self.scores)
+
+    def prune(self, config: PruneConfig | PrunePlan) -> PreTrainedModel:
+        """The pruned model: an ordinary one of the source's class, in the source's dtype, on the CPU."""
+        trimmer = self._trim_by(config)
+        state = {
+            name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trimmer
+        }  # shares nothing
+        model_class = AutoModelForCausalLM._model_mapping[type(trimmer.config)]
+        dtype = state[trimmer.family.embedding].dtype
+        model = model_class.from_pretrained(None, config=trimmer.config, state_dict=state, dtype=dtype)
+        generation_config = self._generation_config()
+        if generation_config is not None:
+            model.generation_config = generation_config
+        return model
+
+    def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
+        """Writes the checkpoint that the last ``prune`` or ``set_plan`` describes, tensor by tensor.
+
+        Beside weights and config go tokenizer, generation config, ``prune_plan.json`` (the kept indices) and the
+        lineage. The folder appears only when it is whole; a folder that is not empty is
+        refused unless ``overwrite``.
+        """
+        if self._plan is None:
+            raise ValueError(
+                "nothing is planned yet: call prune(PruneConfig(...)) or set_plan(...) before save_pretrained()."
+            )
+        path = check_output_dir(folder, overwrite)
+        trimmer = self._trim_by(self._plan)
+        with atomic_folder(path, overwrite, num_bytes=sum(trimmer.sizes.values())) as temporary:
+            write_tensors(temporary, trimmer.sizes, trimmer.trim)
+            trimmer.config.save_pretrained(temporary)
+            self._save_companions(temporary)
+            self._plan.save(temporary / PLAN_FILE)
+            source_dir = self._checkpoint.folder if self._checkpoint else None
+            append_stage(self._describe_stage(trimmer), temporary, source_dir)
+        return path
+
+    def set_plan(self, plan: PrunePlan) -> None:
+        """Takes a plan, made here or loaded, as the one to save; it must have been made for a model of this shape."""
+        if plan.source_sizes != source_sizes(self.config):
+            raise ValueError(
+                f"the plan was made for {plan.source_sizes}, this model has {source_sizes(self.config)}. Plan again."
+            )
+        self._plan = plan
+
+    def _trim_by(self, config: PruneConfig | PrunePlan) -> Trimmer:
+        self.set_plan(config if isinstance(config, PrunePlan) else self.plan(config))
+        return Trimmer(self._tensors, self.config, self._plan, self.dtype)
+
+    def _describe_stage(self, trimmer: Trimmer) -> Stage:
+        stage, info = self._stage, dict(self._plan.info)
+        stage.inputs = {"source": self.source}
+        stage.data = info.pop("calibration", None)
+        stage.tokens = info.get("num_tokens")
+        stage.settings = {"sizes": self._plan.sizes, "source_sizes": self._plan.source_sizes, **info}
+        stage.metrics = {
+            "source_parameters": count_parameters(self.config),
+            "parameters": count_parameters(trimmer.config),
+        }
+        stage.files = {PLAN_FILE: "kept source indices by axis and layer"}
+        return stage
+
+    def _generation_config(self) -> GenerationConfig | None:
+        if self._model is not None:
+            return copy.deepcopy(self._model.generation_config)
+        has_one = (self._checkpoint.folder / "generation_config.json").is_file()
+        return GenerationConfig.from_pretrained(self._checkpoint.folder) if has_one else None
+
+    def _save_companions(self, folder: Path) -> None:
+        if self._checkpoint:
+            copy_companions(self._checkpoint.folder, folder)
+            return
+        if self._model.generation_config is not None:
+            self._model.generation_config.save_pretrained(folder)
+        if self._tokenizer is not None:
+            self._tokenizer.save_pretrained(folder)
+
+    def _load_model(self) -> PreTrainedModel:
+        """The model for scoring: as stored, or in fp32 where the machine has no fast bf16 (said in the log)."""
+        dtype = self.dtype or "auto"
+        on_cpu = self._loading["device_map"] in (None, "cpu") and not torch.cuda.is_available()
+        if on_cpu and fast_dtype("cpu") == torch.float32:
+            dtype = torch.float32
+            logger.info("scoring in float32: this CPU has no fast bfloat16; the pruned weights keep their dtype")
+        device_map = self._loading["device_map"] or ("auto" if torch.cuda.is_available() else None)
+        model = AutoModelForCausalLM.from_pretrained(
+            self._checkpoint.folder,
+            dtype=dtype,
+            device_map=device_map,
+            use_safetensors=True,
+            trust_remote_code=self._loading["trust_remote_code"],
+        )
+        for name, parameter in model.named_parameters():
+            if parameter.device.type != "meta":  # offloaded parts are checked when they are trimmed
+                check_finite(name, parameter)
+        return model
+
+
+def _check_same_model(scored: dict[str, Any], source: dict[str, Any]) -> None:
+    """Refuses scores of another model, as far as both are known by commit or content."""
+    for key in ("commit", "sha256"):
+        if scored.get(key, source.get(key)) != source.get(key, scored.get(key)):
+            raise ValueError(
+                f"the scores are of {scored}, the model is {source}. Score this model, or give its own scores."
+            )
+
+
+def _as_rows(calibration: Any, vocab_size: int) -> list[list[int]]:
+    """Rows of token ids, checked: of equal length, not empty, inside the vocabulary."""
+    rows = calibration["input_ids"] if hasattr(calibration, "column_names") else calibration
+    rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in rows]
+    if wrong := [
+        row for row in rows if not isinstance(row, list | tuple) or any(type(token) is not int for token in row)
+    ]:
+        raise TypeError(
+            f"a calibration row is {str(wrong[0])[:40]!r}: each must be a list of token ids. Give text as a "
+            "file, folder, "
+            f"Hub id or a data set with a text column."
+        )
+    lengths = {len(row) for row in rows}
+    if not rows or lengths == {0}:
+        raise ValueError(
+            "calibration is empty: importance needs at least one row of tokens. Give text or rows of token ids."
+        )
+    if len(lengths) > 1:
+        raise ValueError(
+            f"calibration rows have {min(lengths)} to {max(lengths)} tokens: padding would enter the scores, "
+            "so rows must be equally long. Pack them."
+        )
+    smallest, largest = min(map(min, rows)), max(map(max, rows))
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(
+            f"calibration holds token {smallest if smallest < 0 else largest}, the model has vocab_size={vocab_size}: "
+            f"they were made by another tokenizer. Use the model's own."
+        )
+    return rows

@@ -1,0 +1,369 @@
+"""Scores against their definition over stacked activations, their invariances, and planted rankings."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from transformers import PreTrainedModel
+
+from hf_minitron.architectures import get_family
+from hf_minitron.prune.importance import (
+    AXES,
+    STATISTICS,
+    ImportanceScores,
+    Moments,
+    check_aggregation,
+    check_axes,
+    score_model,
+)
+
+PAIRS = list(itertools.product(STATISTICS, STATISTICS))
+REDUCE = {  # over the first axis, straight from the definition
+    "l2": lambda x: x.square().sum(0).sqrt(),
+    "mean": lambda x: x.mean(0),
+    "var": lambda x: (x - x.mean(0)).square().mean(0),
+}
+
+
+# Against the definition
+
+
+@pytest.mark.parametrize("aggregation", PAIRS, ids="-".join)
+def test_scores_equal_the_definition_over_stacked_activations(build_model, rows, family_name, aggregation):
+    model = build_model(family_name)
+    seen = _activations(model, rows)
+    scores = _score(model, rows, aggregation=aggregation, batch_size=3)
+    layers = range(model.config.num_hidden_layers)
+    family = get_family(model.config)
+
+    neurons = torch.stack([_reduce(seen[f"{i}.{family.neuron_site}"], aggregation) for i in layers])
+    assert_close(scores.neurons, neurons)
+
+    channels = torch.stack([_reduce(seen[f"{i}.{family.head_site}"], aggregation) for i in layers])
+    assert_close(scores.heads, torch.stack([part.square().sum(1).sqrt() for part in channels.split(8, dim=1)], 1))
+
+    norms = [_reduce(seen[f"{i}.{site}"], aggregation) for i in layers for site in family.norm_sites]
+    assert_close(scores.hidden, torch.stack(norms).sum(0))
+
+    streams = [seen[f"{i}.in"].double() for i in layers] + [seen["out"].double()]
+    cosines = [torch.cosine_similarity(a, b, dim=-1).mean() for a, b in itertools.pairwise(streams)]
+    torch.testing.assert_close(scores.layers.double(), 1 - torch.stack(cosines), rtol=1e-5, atol=1e-6)
+
+
+def test_shapes_and_what_was_seen(build_model, rows):
+    scores = _score(build_model(), rows)
+    assert scores.neurons.shape == (3, 40)
+    assert scores.heads.shape == (3, 6)
+    assert scores.hidden.shape == (24,)
+    assert scores.layers.shape == (3,)
+    assert scores.axes == AXES
+    assert (scores.aggregation, scores.head_dim) == (("l2", "mean"), 8)
+    assert (scores.info["num_samples"], scores.info["num_tokens"]) == (7, 112)
+
+
+def test_the_mean_over_tokens_is_of_absolute_values(build_model, rows):
+    """With down_proj's input negated nothing changes: importance has no sign."""
+    model, flipped = build_model(), build_model()
+    for layer in flipped.model.layers:
+        layer.mlp.up_proj.weight.data.neg_()
+        layer.mlp.down_proj.weight.data.neg_()
+    assert torch.equal(_score(model, rows).neurons, _score(flipped, rows).neurons)
+
+
+def test_layers_are_numbers_not_names(build_model, rows):
+    """Layer 10 comes after layer 9, not after layer 1."""
+    model = build_model(num_hidden_layers=12)
+    for index, layer in enumerate(model.model.layers):
+        torch.nn.init.constant_(layer.mlp.up_proj.weight, 0.01 * (index + 1))
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.ones_(layer.post_attention_layernorm.weight)
+        layer.mlp.gate_proj.weight.data.copy_(model.model.layers[0].mlp.gate_proj.weight)
+    assert _score(model, rows).neurons.sum(1).argsort().tolist() == list(range(12))
+
+
+def test_scores_of_a_bf16_model_are_accumulated_wider(build_model, rows):
+    model = build_model(dtype=torch.bfloat16)
+    scores = _score(model, rows[:, :4])
+    assert scores.neurons.dtype == torch.float32
+    assert all(moments.mean.dtype == torch.float64 for moments in scores.moments.values())
+    assert_close(scores.hidden, _score(build_model(), rows[:, :4]).hidden, rtol=0.05)
+
+
+# Invariances
+
+
+@pytest.mark.parametrize("aggregation", PAIRS, ids="-".join)
+@pytest.mark.parametrize("batch_size", [1, 2, 3, 5, 100])
+def test_any_batch_split_gives_the_same_scores(build_model, rows, aggregation, batch_size):
+    model = build_model()
+    whole, split = (_score(model, rows, aggregation=aggregation, batch_size=size) for size in (7, batch_size))
+    for axis in AXES:
+        assert_close(getattr(split, axis), getattr(whole, axis))
+
+
+@pytest.mark.parametrize("aggregation", PAIRS, ids="-".join)
+def test_merging_two_parts_equals_scoring_the_whole(build_model, rows, aggregation):
+    model = build_model()
+    whole, first, second = (_score(model, part, aggregation=aggregation) for part in (rows, rows[:3], rows[3:]))
+    before = first.neurons
+    for merged in (first.merge(second), second.merge(first)):
+        for axis in AXES:
+            assert_close(getattr(merged, axis), getattr(whole, axis))
+        assert (merged.info["num_samples"], merged.info["num_tokens"]) == (7, 112)
+    assert torch.equal(first.neurons, before)
+
+
+def test_merged_fingerprints_name_both_parts(build_model, rows):
+    first, second = (_score(build_model(), part) for part in (rows[:3], rows[3:]))
+    assert "fingerprint" not in first.merge(second).info
+    first.info["fingerprint"], second.info["fingerprint"] = "a", "b"
+    assert first.merge(second).info["fingerprint"] == "a+b"
+
+
+@pytest.mark.parametrize(
+    ("settings", "info"),
+    [({"aggregation": ("mean", "mean")}, {}), ({"axes": ("hidden",)}, {}), ({}, {"model": {"sha256": "other"}})],
+)
+def test_scores_that_differ_in_kind_are_not_merged(build_model, rows, settings, info):
+    model = build_model()
+    first, second = _score(model, rows[:3]), _score(model, rows[3:], **settings)
+    second.info |= info
+    with pytest.raises(ValueError, match="merged only when model, aggregation and axes agree"):
+        first.merge(second)
+
+
+def test_moments_do_not_cancel():
+    """The variance of big, close numbers: squares minus the square of the mean would lose it."""
+    samples = 1e8 + torch.arange(6, dtype=torch.float64)[:, None]
+    moments = Moments()
+    for sample in samples:
+        moments.add(sample[None])
+    assert moments.aggregate("var").item() == pytest.approx(35 / 12, rel=1e-9)
+
+
+def test_save_and_load(build_model, rows, tmp_path: Path):
+    scores = _score(build_model(), rows, aggregation=("var", "l2"))
+    scores.info["model"] = {"path": "x"}
+    scores.save(tmp_path / "scores.safetensors")
+    loaded = ImportanceScores.load(tmp_path / "scores.safetensors")
+    for axis in AXES:
+        assert torch.equal(getattr(loaded, axis), getattr(scores, axis))
+    assert (loaded.aggregation, loaded.head_dim, loaded.info) == (scores.aggregation, scores.head_dim, scores.info)
+    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
+    merged = loaded.merge(scores)
+    assert merged.info["num_samples"] == 14
+
+
+def test_files_that_hold_no_scores(tmp_path: Path):
+    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
+    (tmp_path / "half.safetensors").write_bytes(b"\x10")
+    for name in ("weights", "half"):
+        with pytest.raises(ValueError, match=rf"{name}\.safetensors holds no importance scores"):
+            ImportanceScores.load(tmp_path / f"{name}.safetensors")
+
+
+# The model is left as it was
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_hooks_and_mode_are_put_back(build_model, rows, training):
+    model = build_model().train(training)
+    _score(model, rows)
+    assert not _hooks(model)
+    assert model.training is training
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_hooks_and_mode_are_put_back_after_an_error(build_model, rows):
+    model = build_model().train()
+    with pytest.raises(IndexError):
+        _score(model, rows + 61)
+    assert not _hooks(model)
+    assert model.training
+
+
+def test_scoring_is_done_without_dropout(build_model, rows):
+    model = build_model(attention_dropout=0.5).train()
+    assert torch.equal(_score(model, rows).heads, _score(model, rows).heads)
+
+
+def test_only_the_axes_asked_for_are_hooked_and_kept(build_model, rows):
+    scores = _score(build_model(), rows, axes=("layers", "neurons"))
+    assert scores.axes == ("neurons", "layers")
+    with pytest.raises(ValueError, match="axis 'hidden' was not scored, only neurons, layers"):
+        scores.hidden  # noqa: B018
+
+
+# Bad input
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_activations_are_an_error_that_names_the_site(build_model, rows, value):
+    model = build_model()
+    model.model.layers[2].post_attention_layernorm.weight.data[5] = value
+    with pytest.raises(ValueError, match=r"activations at (neurons\.2|hidden\.2\.post_attention_layernorm) are NaN"):
+        _score(model, rows)
+    with pytest.raises(ValueError, match=r"activations at hidden\.2\.post_attention_layernorm are NaN or Inf"):
+        _score(model, rows, axes=("hidden",))
+    assert not _hooks(model)
+
+
+@pytest.mark.parametrize("axes", ["width", ("neurons", "kv"), ()])
+def test_unknown_axes(axes):
+    with pytest.raises(ValueError, match="importance is defined for neurons, heads, hidden, layers"):
+        check_axes(axes)
+
+
+@pytest.mark.parametrize("aggregation", [("l2",), ("l2", "max"), ("l2", "mean", "var"), "l2"])
+def test_unknown_aggregations(aggregation):
+    with pytest.raises(ValueError, match=r"pair \(over samples, over tokens\) of l2, mean, var"):
+        check_aggregation(aggregation)
+
+
+def test_settings_are_checked_before_the_forward_pass(build_model, rows):
+    model = build_model()
+    model.register_forward_pre_hook(lambda *_: pytest.fail("ran the model"))
+    model.model.register_forward_pre_hook(lambda *_: pytest.fail("ran the model"))
+    for settings in ({"axes": ("x",)}, {"aggregation": ("x", "l2")}, {"batch_size": 0}, {"batch_size": -1}):
+        with pytest.raises(ValueError, match=r"axes=|aggregation=|batch_size="):
+            _score(model, rows, **settings)
+    with pytest.raises(ValueError, match="0 rows"):
+        _score(model, rows[:0])
+
+
+# Planted rankings
+
+
+def test_planted_neurons_are_recovered(build_model, rows, family_name):
+    """Neurons that are equal but for the size of their row in up_proj."""
+    model = build_model(family_name)
+    planted = [_shuffled(40, seed=index) for index in range(3)]
+    for layer, order in zip(model.model.layers, planted, strict=True):
+        layer.mlp.gate_proj.weight.data[:] = layer.mlp.gate_proj.weight.data[0]
+        layer.mlp.up_proj.weight.data[:] = layer.mlp.up_proj.weight.data[0] * (1 + 0.1 * order.argsort())[:, None]
+    scores = _score(model, rows)
+    assert [row.argsort().tolist() for row in scores.neurons] == [order.tolist() for order in planted]
+
+
+def test_planted_heads_are_recovered(build_model, rows, family_name):
+    """Heads that differ in the size of their values; without grouping each has its own."""
+    model = build_model(family_name, num_key_value_heads=6)
+    planted = [_shuffled(6, seed=index) for index in range(3)]
+    for layer, order in zip(model.model.layers, planted, strict=True):
+        layer.self_attn.v_proj.weight.data *= (10.0 ** order.argsort()).repeat_interleave(8)[:, None]
+    scores = _score(model, rows)
+    assert [row.argsort().tolist() for row in scores.heads] == [order.tolist() for order in planted]
+
+
+def test_planted_query_heads_of_a_group_are_recovered(build_model, rows, family_name):
+    """Heads that share values and differ in what enters o_proj."""
+    model = build_model(family_name)
+    planted = [_shuffled(6, seed=index) for index in range(3)]
+    for layer, order in zip(model.model.layers, planted, strict=True):
+        factors = (10.0 ** order.argsort()).repeat_interleave(8)
+        layer.self_attn.o_proj.register_forward_pre_hook(lambda _, args, factors=factors: (args[0] * factors,))
+    scores = _score(model, rows)
+    assert [row.argsort().tolist() for row in scores.heads] == [order.tolist() for order in planted]
+
+
+def test_planted_channels_are_recovered(build_model, rows, family_name):
+    """A stream of ±1 in every channel: importance is then the sum of the norms' gains, which are planted."""
+    model = build_model(family_name)
+    order = _shuffled(24, seed=0)
+    _stop_writing(model)
+    model.model.embed_tokens.weight.data.sign_()
+    for index, layer in enumerate(model.model.layers):
+        layer.input_layernorm.weight.data = 1 + 0.1 * order.argsort() + index
+        layer.post_attention_layernorm.weight.data = -(1 + 0.1 * order.argsort())
+    assert _score(model, rows).hidden.argsort().tolist() == order.tolist()
+
+
+def test_every_norm_counts_for_the_channels(build_model, rows):
+    """A channel that only one norm of one layer lets through strongly is still the most important."""
+    for site in ("input_layernorm", "post_attention_layernorm"):
+        for index in range(3):
+            model = build_model()
+            model.model.layers[index].get_submodule(site).weight.data[5] = 100.0
+            assert _score(model, rows).hidden.argmax() == 5
+
+
+@pytest.mark.parametrize("idle", [0, 1, 2])
+def test_a_layer_that_does_nothing_has_block_importance_zero(build_model, rows, family_name, idle):
+    model = build_model(family_name)
+    layer = model.model.layers[idle]
+    for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+        torch.nn.init.zeros_(projection.weight)
+    layers = _score(model, rows).layers
+    assert layers[idle].item() == pytest.approx(0, abs=1e-6)
+    assert all(layers[other] > 0.01 for other in range(3) if other != idle)
+
+
+def test_a_layer_that_turns_the_stream_around_has_block_importance_two(build_model, rows):
+    model = build_model(num_hidden_layers=1)
+    layer = model.model.layers[0]
+    layer.register_forward_hook(lambda _, args, output: -args[0])
+    assert _score(model, rows).layers.item() == pytest.approx(2, abs=1e-6)
+
+
+def _score(model: PreTrainedModel, rows: torch.Tensor, **settings) -> ImportanceScores:
+    return score_model(model, rows, progress=False, **settings)
+
+
+@torch.no_grad()
+def _activations(model: PreTrainedModel, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What goes into the sites and comes out of the norms, of all rows at once, by hooks of our own."""
+    family, seen, hooks = get_family(model.config), {}, []
+
+    def keep_input(key: str, module: torch.nn.Module) -> None:
+        hooks.append(module.register_forward_pre_hook(lambda _, args: seen.__setitem__(key, args[0].clone())))
+
+    def keep_output(key: str, module: torch.nn.Module) -> None:
+        hooks.append(module.register_forward_hook(lambda _, args, output: seen.__setitem__(key, output.clone())))
+
+    for index, layer in enumerate(model.get_submodule(family.layers)):
+        keep_input(f"{index}.in", layer)
+        for site in (family.neuron_site, family.head_site):
+            keep_input(f"{index}.{site}", layer.get_submodule(site))
+        for site in family.norm_sites:
+            keep_output(f"{index}.{site}", layer.get_submodule(site))
+    keep_output("out", layer)
+    model(input_ids=rows, use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    return seen
+
+
+def _reduce(activation: torch.Tensor, aggregation: tuple[str, str]) -> torch.Tensor:
+    """(rows, tokens, channels) → (channels,), in float64 from the definition."""
+    over_samples, over_tokens = aggregation
+    activation = activation.double()
+    per_row = torch.stack([REDUCE[over_tokens](row.abs() if over_tokens == "mean" else row) for row in activation])
+    return REDUCE[over_samples](per_row)
+
+
+def assert_close(found: torch.Tensor, expected: torch.Tensor, rtol: float = 1e-6) -> None:
+    """Relative to the largest score: what differs by less ranks nothing."""
+    found, expected = found.double(), expected.double()
+    assert found.shape == expected.shape
+    assert (found - expected).abs().max() <= rtol * expected.abs().max() + 1e-12
+
+
+def _shuffled(count: int, seed: int) -> torch.Tensor:
+    """The indices from the least to the most important; its argsort is each one's rank."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+
+
+def _stop_writing(model: PreTrainedModel) -> None:
+    """Layers leave the residual stream as it is."""
+    for layer in model.model.layers:
+        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
+        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+
+
+def _hooks(model: PreTrainedModel) -> list:
+    return [hook for module in model.modules() for hook in (*module._forward_hooks, *module._forward_pre_hooks)]

@@ -1,0 +1,115 @@
+"""The command line: parsing, exit statuses, messages, and the whole chain on a tiny model."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from hf_minitron import cli
+
+SIZES = ["--hidden-size", "16", "--intermediate_size", "32"]
+
+
+def run(*words: object) -> int:
+    return cli.main([str(word) for word in words])
+
+
+def test_the_overview_names_the_stages_in_their_order_and_fits_a_screen(capsys):
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert [text.index(f"\n  {name} ") for name in cli.COMMANDS] == sorted(
+        text.index(f"\n  {n} ") for n in cli.COMMANDS
+    )
+    assert text.count("\n") < 24 and max(map(len, text.splitlines())) < 110
+
+
+@pytest.mark.parametrize("name", list(cli.COMMANDS))
+def test_every_command_has_help_for_every_option(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        run(name, "--help")
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert "--config" in text.split("\n\n")[0] and cli.COMMANDS[name].summary in " ".join(text.split())
+    for option in cli.COMMANDS[name].options:
+        if option.endswith("DistillationConfig"):
+            continue  # most of it is the Trainer's own
+        for field in vars(cli._resolve(option))["__dataclass_fields__"].values():
+            assert f"--{field.name}" in text and field.metadata["help"]
+
+
+def test_unknown_commands_and_options_are_refused(capsys, tiny_checkpoint):
+    assert run("prun") == 2
+    assert "plan, score, prune" in capsys.readouterr().err
+    assert run("plan", tiny_checkpoint, "--hiden-size", 16) == 2
+    assert (
+        "--hiden-size is no option" in (message := capsys.readouterr().err) and "Did you mean --hidden-size" in message
+    )
+    assert run("plan", tiny_checkpoint, "another") == 2
+    assert "takes one MODEL" in capsys.readouterr().err
+
+
+def test_plan_prints_sizes_and_the_next_command(capsys, tiny_checkpoint):
+    assert run("plan", tiny_checkpoint, *SIZES) == 0
+    text = capsys.readouterr().out
+    assert "| hidden_size " in text and "--hidden-size 16 --intermediate-size 32" in text
+    assert run("plan", tiny_checkpoint, *SIZES, "--json") == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["sizes"]["hidden_size"] == 16 and report["parameters"]["total"] < report["source_parameters"]["total"]
+
+
+def test_options_come_from_a_yaml_file_and_flags_win(tmp_path, capsys, tiny_checkpoint):
+    config = tmp_path / "plan.yaml"
+    config.write_text("hidden_size: 16\nintermediate_size: 48\n")
+    assert run("plan", tiny_checkpoint, f"--config={config}", "--intermediate-size", 32, "--json") == 0
+    sizes = json.loads(capsys.readouterr().out)["sizes"]
+    assert (sizes["hidden_size"], sizes["intermediate_size"]) == (16, 32)
+    config.write_text("hiden_size: 16\n")
+    assert run("plan", tiny_checkpoint, "--config", config) == 2
+    assert "hiden_size" in capsys.readouterr().err
+
+
+def test_user_errors_are_one_line_and_exit_2(tmp_path, capsys, tiny_checkpoint):
+    assert run("plan", tiny_checkpoint, "--hidden-size", 64) == 2
+    assert capsys.readouterr().err.startswith("error: hidden_size=64")
+    assert run("plan", tmp_path / "nothing", "--hidden-size", 64) == 2
+    assert "no checkpoint folder" in capsys.readouterr().err
+    output = tmp_path / "full"
+    output.mkdir()
+    (output / "mine.txt").write_text("keep me")
+    assert run("prune", tiny_checkpoint, *SIZES, "--method", "random", "--output-dir", output) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (output / "mine.txt").read_text() == "keep me"
+
+
+def test_ctrl_c_leaves_nothing_under_the_outputs_name(tmp_path, monkeypatch, capsys, tiny_checkpoint):
+    import hf_minitron.prune.pruner as pruner
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pruner, "append_stage", interrupted)
+    assert run("prune", tiny_checkpoint, *SIZES, "--method", "random", "--output-dir", tmp_path / "out") == 130
+    assert list(tmp_path.iterdir()) == []
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_the_chain_from_scores_to_a_measured_student(tmp_path, capsys, tiny_checkpoint, tiny_text, held_out_text):
+    scores, pruned, student = tmp_path / "scores.safetensors", tmp_path / "pruned", tmp_path / "student"
+    rows = ["--num-samples", 8, "--sequence-length", 32]
+    assert run("score", tiny_checkpoint, "--calibration-dataset", tiny_text, *rows, "--output-file", scores) == 0
+    assert run("prune", tiny_checkpoint, *SIZES, "--scores", scores, "--output-dir", pruned) == 0
+    assert f"hf-minitron distill {pruned}" in capsys.readouterr().out
+    settings = ["--max-steps", 3, "--per-device-train-batch-size", 4, "--learning-rate", "1e-3", "--report-to", "none"]
+    settings += ["--max-length", 32, "--eval-dataset", held_out_text, "--save-strategy", "no", "--use-cpu", "true"]
+    words = ["distill", pruned, "--teacher-model", tiny_checkpoint, "--dataset", tiny_text, "--output-dir", student]
+    assert run(*words, *settings) == 0
+    assert "| kl " in capsys.readouterr().out
+    assert run("evaluate", student, "--dataset", held_out_text, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["num_documents"] == 30
+    stages = json.loads((student / "minitron.json").read_text())["stages"]
+    assert [stage["stage"] for stage in stages] == ["prune", "distill", "evaluate"]
+    model = AutoModelForCausalLM.from_pretrained(student)
+    assert (model.config.hidden_size, model.dtype) == (16, torch.bfloat16)
