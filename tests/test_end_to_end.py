@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
-from hf_minitron.distill.trainer import DistillationConfig
 from hf_minitron.prune.plan import PruneConfig
 from hf_minitron.prune.stage import CalibrationArguments, ModelArguments, PruneOutput, prune_checkpoint
 

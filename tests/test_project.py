@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 PACKAGE = "hf_minitron"
-BASE = {"architectures", "checkpoint", "data", "hardware", "lineage"}
+BASE = {"architectures", "checkpoint", "data", "hardware", "lineage", "text_files"}
 STAGES = {"prune", "distill", "align", "evaluate", "publish"}
 TOP = {"", "__main__", "cli"}  # "" is the package's own __init__.py
 RESOURCES = {"model_cards"}  # templates: no code of ours, free for all

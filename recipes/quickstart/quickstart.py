@@ -25,8 +25,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from hf_minitron.data import load_text
+from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.stage import DistillArguments, DistillReport, distill_checkpoint
-from hf_minitron.distill.trainer import DistillationConfig
 from hf_minitron.evaluate.perplexity import PerplexityResult, evaluate_perplexity
 from hf_minitron.prune.importance import ImportanceScores
 from hf_minitron.prune.plan import PruneConfig

@@ -32,7 +32,7 @@ from hf_minitron.publish.tables import markdown_table
 
 VOCAB_SIZE, CONTEXT = 3072, 512  # tokens
 ROWS_PER_STEP, ROWS_PER_CHUNK = 16, 8  # sequences of CONTEXT tokens
-MUON_LR, ADAM_LR, WARMUP_STEPS, DECAY_FRACTION = 0.02, 3e-3, 50, 0.3
+MUON_LR, ADAM_LR, WARMUP_STEPS, DECAY_FRACTION = 0.02, 3e-3, 50, 0.7
 SAVE_EVERY = 50  # steps
 
 
@@ -252,7 +252,7 @@ BPE of 3,072 tokens, untied head, bf16.
 Data: the source of the Python standard library (PSF licence) as installed with the Python named above, without
 `encodings` and `pydoc_data`: modules twice per epoch, their tests once. Modules whose name hashes into the held-out
 8 % were never seen (`stdlib_corpus.py`). Training by next-token cross-entropy with Muon and AdamW, constant learning
-rate with linear decay over the last 30 % of the steps.
+rate with linear decay over the last 70 % of the steps.
 
 Made by `python recipes/quickstart/train_teacher.py {command}`.
 

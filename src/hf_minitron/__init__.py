@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # for editors; at run time a name is imported when it is first used
+    from hf_minitron.distill.config import DistillationConfig as DistillationConfig
     from hf_minitron.distill.kd_head import KDOutput as KDOutput
     from hf_minitron.distill.kd_head import fused_linear_kd as fused_linear_kd
-    from hf_minitron.distill.trainer import DistillationConfig as DistillationConfig
     from hf_minitron.distill.trainer import DistillationTrainer as DistillationTrainer
     from hf_minitron.evaluate.perplexity import PerplexityResult as PerplexityResult
     from hf_minitron.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
     from hf_minitron.prune.pruner import PrunerForCausalLM as PrunerForCausalLM
 
 _MODULES = {
-    "DistillationConfig": "distill.trainer",
+    "DistillationConfig": "distill.config",
     "DistillationTrainer": "distill.trainer",
     "ImportanceScores": "prune.importance",
     "KDOutput": "distill.kd_head",

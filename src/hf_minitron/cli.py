@@ -42,8 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"error: {words[0]!r} is no command. Use one of {', '.join(COMMANDS)}.", file=sys.stderr)
         return 2
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("hf_minitron").setLevel(logging.INFO)
     try:
         return run_command(words[0], words[1:])
     except KeyboardInterrupt:
@@ -221,7 +221,7 @@ COMMANDS = {
     "distill": Command(
         "Train the pruned model on its teacher's logits.",
         "student_model",
-        ("distill.stage.DistillArguments", "distill.trainer.DistillationConfig"),
+        ("distill.stage.DistillArguments", "distill.config.DistillationConfig"),
         "distill.stage.distill_checkpoint",
         report_distill,
     ),

@@ -6,64 +6,31 @@
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import logging
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow.compute as pc
-from datasets import (
-    Dataset,
-    Features,
-    IterableDataset,
-    List,
-    Value,
-    are_progress_bars_disabled,
-    concatenate_datasets,
-    disable_progress_bars,
-    enable_progress_bars,
-    load_dataset,
-)
-from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
+from datasets import Dataset, Features, IterableDataset, List, Value, concatenate_datasets, load_dataset
+from datasets.exceptions import DatasetNotFoundError
+from datasets.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # of whichever client the Hub library stands on
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 from trl import pack_dataset
 
+from hf_minitron.text_files import describe_text_files, find_text_files, load_text_files
+
 logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "content", "story")  # taken in this order when no column is named
 BLOCK_CHARACTERS = 1 << 22  # tokenized and packed at a time; about a million tokens
 SHUFFLE_BUFFER = 10_000  # documents held to shuffle a stream
-NUM_NAMED_FILES = 20  # in a lineage record; the others are counted and hashed
-
-_SUFFIXES = {  # the builder in `datasets` -> suffixes
-    "json": "json|jsonl|ndjson",
-    "parquet": "parquet",
-    "csv": "csv",
-    "text": "txt|text|raw|md|rst|tex|c|cc|cpp|cs|cu|cuh|el|f90|go|h|hpp|hs|java|jl|js|jsx|kt|lisp|lua|ml|php|pl|py|pyi|"
-    "r|rb|rs|scala|sh|sql|swift|ts|tsx",
-}
-_BUILDERS = {
-    builder: re.compile(rf"\.({suffixes})(\.(gz|bz2|xz|zst))?$", re.IGNORECASE)
-    for builder, suffixes in _SUFFIXES.items()
-}
-_NOT_DATA = re.compile(r"(readme|licen[sc]e|notice|(config|state|dataset_infos?|dataset_dict)\.json$)", re.IGNORECASE)
-_SPLITS = {
-    split: re.compile(rf"(^|[-._ /])({words})([-._ /\d]|$)")
-    for split, words in {
-        "train": "train|training",
-        "validation": "validation|valid|dev|val",
-        "test": "test|testing|eval|evaluation",
-    }.items()
-}
 
 
 def load_text(
@@ -93,9 +60,10 @@ def load_text(
     name = type(source).__name__ if _is_dataset(source) else str(source)
     if _is_dataset(source):
         dataset = source
-    elif files := _find_files(source):
-        _check_local_options(name, config_name, revision)
-        dataset = _load_files(files, split, bool(streaming))
+    elif files := find_text_files(source):
+        if config_name is not None or revision is not None:
+            raise ValueError(f"{config_name=}, {revision=} are for Hub data sets; {name} is a path: leave them out.")
+        dataset = load_text_files(files, split, bool(streaming))
     else:
         dataset = _load_from_hub(name, config_name, split, revision, streaming is None or streaming, token)
     return _only_text(dataset, text_column, name)
@@ -164,7 +132,11 @@ def pack_rows(
     if max_rows is not None and num_rows < max_rows:
         logger.warning("The text gives %d rows of %d tokens; max_rows=%d.", num_rows, sequence_length, max_rows)
     rows = concatenate_datasets(blocks)
-    return rows if max_rows is None or num_rows <= max_rows else rows.select(_choose(num_rows, max_rows, seed))
+    if max_rows is None or num_rows <= max_rows:
+        return rows
+    return rows.select(
+        range(max_rows) if seed is None else np.random.default_rng(seed).permutation(num_rows)[:max_rows]
+    )
 
 
 def fingerprint_rows(dataset: Dataset) -> str:
@@ -198,8 +170,8 @@ def describe_source(
     if _is_dataset(source):
         facts = {"kind": "dataset", "fingerprint": getattr(source, "_fingerprint", None)}
         facts["num_rows"] = len(source) if isinstance(source, Dataset) else None
-    elif files := _find_files(source):
-        facts = _describe_files(files, split)
+    elif files := find_text_files(source):
+        facts = describe_text_files(files, split)
     else:
         commit = _resolve_commit(str(source), revision, token)
         facts = {"kind": "hub", "id": str(source), "config": config_name, "revision": revision, "commit": commit}
@@ -211,107 +183,6 @@ def _is_dataset(source: Any) -> bool:
     if isinstance(source, dict):
         raise TypeError(f"source is a {type(source).__name__} of {list(source)}: pass one of its splits.")
     return isinstance(source, Dataset | IterableDataset)
-
-
-class _Files(NamedTuple):
-    """Files of one kind: the builder of `datasets` that reads them, and the files of each split."""
-
-    source: str | os.PathLike
-    builder: str
-    by_split: dict[str, list[Path]]
-
-    def of_split(self, split: str) -> list[Path]:
-        """The files that ``split`` draws on; it may be cut and summed as in `datasets`: "train[:1%]+test"."""
-        parts = [part.split("[")[0].strip() for part in split.split("+")]
-        if unknown := [part for part in parts if part not in self.by_split]:
-            has = ", ".join(map(repr, self.by_split))
-            raise ValueError(f"split={split!r}: {self.source} has no {unknown[0]!r}, only {has}. Use one of these.")
-        return [path for part, paths in self.by_split.items() if part in parts for path in paths]
-
-
-def _find_files(source: str | os.PathLike) -> _Files | None:
-    """The files that ``source`` names: a file, a folder or a glob; None if it can only be a Hub id.
-
-    Raises FileNotFoundError for what looks like a path but is not there, ValueError for kinds of files that are mixed.
-    """
-    path = Path(source).expanduser()
-    if path.is_file():
-        return _Files(path, _builder_of(path) or "text", {"train": [path]})
-    if path.is_dir():
-        return _folder_files(path)
-    is_glob = glob.has_magic(str(path))
-    found = [p for p in map(Path, glob.glob(str(path), recursive=True)) if p.is_file()] if is_glob else []
-    if found:
-        builder, paths = _one_kind({p: _builder_of(p) or "text" for p in found if _is_data(p.name)}, source)
-        return _Files(path, builder, {"train": paths})
-    looks_like_path = isinstance(source, os.PathLike) or str(source).startswith((".", "/", "~", "\\"))
-    if looks_like_path or is_glob or _builder_of(path):
-        raise FileNotFoundError(f"{source}: no such file, folder or match. A Hub data set is given as 'owner/name'.")
-    return None
-
-
-def _folder_files(folder: Path) -> _Files:
-    names = {path: path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    builders = {path: _builder_of(path) for path, name in names.items() if _is_data(name)}
-    builder, paths = _one_kind({path: builder for path, builder in builders.items() if builder}, folder)
-    by_split: dict[str, list[Path]] = {}
-    for path in paths if builder != "text" else ():
-        if split := _split_of(names[path]):
-            by_split.setdefault(split, []).append(path)
-    return _Files(folder, builder, by_split or {"train": paths})
-
-
-def _split_of(name: str) -> str | None:
-    """The split that a path names: its file name first, then its folders."""
-    folders, _, file = name.lower().rpartition("/")
-    return next((split for part in (file, folders) for split, words in _SPLITS.items() if words.search(part)), None)
-
-
-def _builder_of(path: Path) -> str | None:
-    return next((builder for builder, suffix in _BUILDERS.items() if suffix.search(path.name)), None)
-
-
-def _is_data(name: str) -> bool:
-    """Not hidden, not in a hidden or cache folder, not a README, a licence or the like; ``name`` is relative."""
-    parts = name.split("/")
-    return not any(part.startswith((".", "__pycache__")) for part in parts) and not _NOT_DATA.match(parts[-1])
-
-
-def _one_kind(builders: dict[Path, str], source: str | os.PathLike) -> tuple[str, list[Path]]:
-    kinds = sorted(set(builders.values()))
-    if not kinds:
-        raise ValueError(f"{source} has no text, JSON, Parquet or CSV files. Name the file itself if it is plain text.")
-    if len(kinds) > 1:
-        examples = [f"{kind} (such as {min(p.name for p, b in builders.items() if b == kind)})" for kind in kinds]
-        raise ValueError(f"{source} mixes kinds of files: {', '.join(examples)}. Use a glob such as '*.jsonl'.")
-    return kinds[0], sorted(builders)
-
-
-def _check_local_options(name: str, config_name: str | None, revision: str | None) -> None:
-    if config_name is not None or revision is not None:
-        raise ValueError(f"{config_name=}, {revision=} are for Hub data sets, but {name} is a path: leave them out.")
-
-
-def _load_files(files: _Files, split: str, streaming: bool) -> Dataset | IterableDataset:
-    """Rows of the files: a document a row for plain text, else as stored, with all columns."""
-    paths = files.of_split(split)
-    patterns = {part: [glob.escape(str(path.absolute())) for path in files.by_split[part]] for part in files.by_split}
-    options = {"sample_by": "document"} if files.builder == "text" else {}
-    try:
-        return load_dataset(files.builder, data_files=patterns, split=split, streaming=streaming, **options)
-    except DatasetGenerationError as error:
-        if isinstance(error.__cause__, UnicodeDecodeError) and files.builder == "text":
-            raise ValueError(f"{_first_not_utf8(paths)} is not UTF-8 text: convert it or leave it out.") from error
-        raise ValueError(f"{files.source} cannot be read as {files.builder}: {error.__cause__ or error}") from error
-
-
-def _first_not_utf8(paths: list[Path]) -> Path | None:
-    for path in paths:
-        try:
-            path.read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            return path
-    return None
 
 
 def _load_from_hub(
@@ -382,10 +253,6 @@ def _shuffle(texts: Iterable[str] | Dataset | IterableDataset, seed: int) -> Dat
     return texts.shuffle(seed=seed, keep_in_memory=True)
 
 
-def _choose(num_rows: int, max_rows: int, seed: int | None) -> Iterable[int]:
-    return range(max_rows) if seed is None else np.random.default_rng(seed).permutation(num_rows)[:max_rows]
-
-
 def _take_characters(documents: Iterator[str], num_characters: int) -> list[str]:
     block: list[str] = []
     for document in documents:
@@ -423,23 +290,6 @@ def _no_progress_bars() -> Iterator[None]:
         yield
     finally:
         enable_progress_bars()
-
-
-def _describe_files(files: _Files, split: str) -> dict[str, Any]:
-    paths = [path.absolute() for path in files.of_split(split)]
-    common = os.path.commonpath([path.parent for path in paths])
-    hashes = {}
-    for name, path in sorted((path.relative_to(common).as_posix(), path) for path in paths):
-        with path.open("rb") as file:
-            hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
-    listing = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
-    return {
-        "kind": "files",
-        "files": list(hashes)[:NUM_NAMED_FILES],
-        "num_files": len(hashes),
-        "num_bytes": sum(path.stat().st_size for path in paths),
-        "sha256": hashlib.sha256(listing.encode()).hexdigest() if len(hashes) > 1 else next(iter(hashes.values())),
-    }
 
 
 def _resolve_commit(repo_id: str, revision: str | None, token: str | bool | None) -> str | None:

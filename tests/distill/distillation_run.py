@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
-from hf_minitron.distill.trainer import DistillationConfig, DistillationTrainer
+from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.trainer import DistillationTrainer
 
 
 def tiny_llama(hidden_size: int, seed: int, tied: bool = False, vocab_size: int = 64) -> LlamaForCausalLM:

@@ -9,8 +9,8 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
-from hf_minitron.distill.trainer import DistillationConfig
 from hf_minitron.prune.plan import PruneConfig
 from hf_minitron.prune.stage import CalibrationArguments, ModelArguments, PruneOutput, prune_checkpoint
 

@@ -14,7 +14,9 @@ from safetensors import safe_open
 from torch import nn
 from transformers import TrainerCallback, TrainingArguments
 
-from hf_minitron.distill.trainer import CausalLMCollator, DistillationConfig, DistillationTrainer
+from hf_minitron.distill.collator import CausalLMCollator
+from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.trainer import DistillationTrainer
 
 helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
 tiny_llama, uneven_rows, one_step = helpers["tiny_llama"], helpers["uneven_rows"], helpers["one_step"]
@@ -328,33 +330,6 @@ def test_several_gpus_in_one_process_are_refused(tmp_path):
         DistillationTrainer(tiny_llama(16, seed=1), tiny_llama(24, seed=2), args, train_dataset=uneven_rows(2))
     with pytest.raises(TypeError, match="use DistillationConfig"):
         DistillationTrainer(tiny_llama(16, seed=1), tiny_llama(24, seed=2), TrainingArguments(str(tmp_path)))
-
-
-# --- the collator
-
-
-def test_collator_pads_by_length_not_by_token():
-    end = 7
-    batch = CausalLMCollator(pad_token_id=end)([{"input_ids": [1, end, 2, end]}, {"input_ids": [3, end]}])
-    assert batch["input_ids"].tolist() == [[1, end, 2, end], [3, end, end, end]]
-    assert batch["labels"].tolist() == [[1, end, 2, end], [3, end, -100, -100]]
-    assert batch["attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
-
-
-def test_collator_makes_no_mask_for_full_rows_and_keeps_labels():
-    full = CausalLMCollator()([{"input_ids": [1, 2, 3], "attention_mask": [1, 1, 1]}, {"input_ids": [4, 5, 6]}])
-    assert set(full) == {"input_ids", "labels"}
-    given = CausalLMCollator()([{"input_ids": [1, 2], "labels": [-100, 2]}, {"input_ids": torch.tensor([3])}])
-    assert given["labels"].tolist() == [[-100, 2], [3, -100]]
-    masked = CausalLMCollator()([{"input_ids": [1, 2, 0], "attention_mask": [1, 1, 0]}])
-    assert masked["labels"].tolist() == [[1, 2, -100]] and masked["attention_mask"].tolist() == [[1, 1, 0]]
-
-
-def test_collator_refuses_broken_rows():
-    with pytest.raises(ValueError, match="Row 1 of the batch has no tokens"):
-        CausalLMCollator()([{"input_ids": [1]}, {"input_ids": []}])
-    with pytest.raises(ValueError, match="3 input_ids, 2 labels"):
-        CausalLMCollator()([{"input_ids": [1, 2, 3], "labels": [1, 2]}])
 
 
 def test_end_tokens_in_the_text_count_although_they_are_the_pad_token(tmp_path):

@@ -20,7 +20,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_minitron.checkpoint import Checkpoint, check_finite, check_output_dir, copy_companions, write_tensors
 from hf_minitron.data import describe_source, fingerprint_rows, load_text, pack_rows
-from hf_minitron.distill.trainer import DistillationConfig, DistillationTrainer
+from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.hardware import fast_dtype, parse_dtype
 from hf_minitron.lineage import Stage, append_stage, settings_dict
 
@@ -187,7 +188,7 @@ def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[s
     asked = {key: value for key, value in settings_dict(arguments).items() if key not in _TOLD_ELSEWHERE}
     default = settings_dict(DistillationConfig(output_dir=config.output_dir))
     chosen = settings_dict(config)
-    always = ("temperature", "ce_weight", "learning_rate", "seed")
+    always = ("temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
     changed = {key: value for key, value in chosen.items() if key in always or value != default.get(key)}
     return asked | {key: value for key, value in changed.items() if key not in _TOLD_ELSEWHERE}
 

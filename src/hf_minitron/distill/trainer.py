@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,91 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hf_minitron.distill.collator import CausalLMCollator
+from hf_minitron.distill.compatibility import check_models
+from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.kd_head import IGNORE_INDEX, KDOutput, fused_linear_kd
 
 # Sums over tokens that training and evaluation report, in this order.
 SUM_NAMES = ("kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
-# Scalings of the logits after the head that `fused_linear_kd` does not apply, by the configs' key.
-LOGIT_SCALING_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
-
-
-@dataclass
-class DistillationConfig(TrainingArguments):
-    """Settings of `DistillationTrainer`: the Trainer's own, and the loss's."""
-
-    temperature: float = field(
-        default=1.0,
-        metadata={"help": "Temperature of both distributions in the KL, which is multiplied by its square."},
-    )
-    ce_weight: float = field(
-        default=0.0,
-        metadata={"help": "Weight of the student's cross-entropy on the data, added to the KL. The papers use 0."},
-    )
-    vocab_limit: int | None = field(
-        default=None,
-        metadata={
-            "help": "Use only the first vocab_limit rows of both heads and renormalise: the tokenizer's length, when "
-            "student and teacher pad their vocabularies differently."
-        },
-    )
-    kd_chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Tokens whose logits are in memory at a time; by default it follows the device."},
-    )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "Hide NaN and infinite losses from the log, at the price of a synchronisation per batch. "
-            "Distillation stops on them either way, at the next log or save."
-        },
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} is not above 0: logits are divided by it. Use 1.0.")
-        if not self.ce_weight >= 0:
-            raise ValueError(f"ce_weight={self.ce_weight} is negative: it weighs a loss. Use 0.0 for the KL alone.")
-        for name in ("vocab_limit", "kd_chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not a positive count. Leave it out for the default.")
-        if not self.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False would weigh tokens differently in every process: the loss is a "
-                "mean over all tokens of the global batch. Leave it True."
-            )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} has no meaning here: the teacher's "
-                "distribution is the target. Use 0.0."
-            )
-
-
-@dataclass
-class CausalLMCollator:
-    """Stacks rows of unequal length into `input_ids`, `labels` and, only when something is masked, `attention_mask`.
-
-    Rows are padded on the right. Padding is known by length, never by its token: a text's own EOS counts even where
-    EOS is also the pad token. A row's `labels` are kept when it has them; otherwise its `input_ids` are the labels,
-    and -100 at padding and where its `attention_mask` is 0. The Trainer's shift by one happens later.
-    """
-
-    pad_token_id: int = 0
-
-    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
-        columns: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
-        for index, row in enumerate(rows):
-            for name, value in zip(columns, _row_tensors(index, row), strict=True):
-                columns[name].append(value)
-        padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "attention_mask": 0}
-        batch = {
-            name: nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding[name])
-            for name, values in columns.items()
-        }
-        if bool(batch["attention_mask"].all()):
-            del batch["attention_mask"]
-        return batch
 
 
 class DistillationTrainer(Trainer):
@@ -134,7 +55,7 @@ class DistillationTrainer(Trainer):
     ) -> None:
         if not isinstance(args, DistillationConfig):
             raise TypeError(f"args is a {type(args).__name__}, without the loss's settings: use DistillationConfig.")
-        _check_models(model, teacher_model, args.vocab_limit)
+        check_models(model, teacher_model, args.vocab_limit)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, which would copy the student to each of them in every "
@@ -351,22 +272,6 @@ def _last_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor
     return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
-def _row_tensors(index: int, row: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
-    """One row's input_ids, labels and attention_mask, [length] each."""
-    input_ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
-    if input_ids.numel() == 0:
-        raise ValueError(f"Row {index} of the batch has no tokens: there is nothing to learn from it. Filter it out.")
-    mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(input_ids)), dtype=torch.long)
-    labels = row.get("labels")
-    labels = input_ids.where(mask != 0, IGNORE_INDEX) if labels is None else torch.as_tensor(labels, dtype=torch.long)
-    if not input_ids.shape == labels.shape == mask.shape:
-        raise ValueError(
-            f"Row {index} of the batch has {len(input_ids)} input_ids, {len(labels)} labels and {len(mask)} entries of "
-            "attention_mask: each token has one of each."
-        )
-    return input_ids, labels, mask
-
-
 def _means(sums: Sequence[float]) -> dict[str, float]:
     """Means over tokens of the SUM_NAMES, and their number; NaN when there are none."""
     values = dict(zip(SUM_NAMES, sums, strict=True))
@@ -386,36 +291,3 @@ def _pad_token_id(model: PreTrainedModel, processing_class: Any) -> int:
         if isinstance(pad_token_id, int) and pad_token_id >= 0:
             return pad_token_id
     return 0
-
-
-def _check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit: int | None) -> None:
-    modules = set(student.modules())
-    shared = {id(parameter) for parameter in student.parameters()} & {id(value) for value in teacher.parameters()}
-    if teacher in modules or shared:
-        raise ValueError(
-            "Teacher and student share modules or parameters, so freezing one freezes the other and both would be "
-            "saved. Load the teacher on its own, or copy.deepcopy it."
-        )
-    sizes = {}
-    for role, model in (("student", student), ("teacher", teacher)):
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
-        if getattr(head, "bias", None) is not None:
-            raise ValueError(f"The {role}'s head has a bias, which the loss would ignore: not supported.")
-        for key in LOGIT_SCALING_KEYS:
-            if getattr(model.config, key, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"The {role}'s {key}={getattr(model.config, key)} changes its logits after the head, which the "
-                    "loss would ignore: not supported."
-                )
-        sizes[role] = head.weight.shape[0]
-    smaller = min(sizes.values())
-    if vocab_limit is None and sizes["student"] != sizes["teacher"]:
-        raise ValueError(
-            f"The student has {sizes['student']} vocabulary entries and the teacher {sizes['teacher']}: the KL "
-            f"needs one vocabulary. If only the padding differs, set vocab_limit to the tokenizer's length, at most "
-            f"{smaller}."
-        )
-    if vocab_limit is not None and vocab_limit > smaller:
-        raise ValueError(f"vocab_limit={vocab_limit} is more than the {smaller} entries that both models have.")

@@ -1,0 +1,54 @@
+"""Rows of token ids of unequal length, put together into one batch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_minitron.distill.kd_head import IGNORE_INDEX
+
+
+@dataclass
+class CausalLMCollator:
+    """Stacks rows of unequal length into `input_ids`, `labels` and, only when something is masked, `attention_mask`.
+
+    Rows are padded on the right. Padding is known by length, never by its token: a text's own EOS counts even where
+    EOS is also the pad token. A row's `labels` are kept when it has them; otherwise its `input_ids` are the labels,
+    and -100 at padding and where its `attention_mask` is 0. The Trainer's shift by one happens later.
+    """
+
+    pad_token_id: int = 0
+
+    def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
+        columns: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
+        for index, row in enumerate(rows):
+            for name, value in zip(columns, _row_tensors(index, row), strict=True):
+                columns[name].append(value)
+        padding = {"input_ids": self.pad_token_id, "labels": IGNORE_INDEX, "attention_mask": 0}
+        batch = {
+            name: nn.utils.rnn.pad_sequence(values, batch_first=True, padding_value=padding[name])
+            for name, values in columns.items()
+        }
+        if bool(batch["attention_mask"].all()):
+            del batch["attention_mask"]
+        return batch
+
+
+def _row_tensors(index: int, row: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """One row's input_ids, labels and attention_mask, [length] each."""
+    input_ids = torch.as_tensor(row["input_ids"], dtype=torch.long)
+    if input_ids.numel() == 0:
+        raise ValueError(f"Row {index} of the batch has no tokens: there is nothing to learn from it. Filter it out.")
+    mask = torch.as_tensor(row.get("attention_mask", torch.ones_like(input_ids)), dtype=torch.long)
+    labels = row.get("labels")
+    labels = input_ids.where(mask != 0, IGNORE_INDEX) if labels is None else torch.as_tensor(labels, dtype=torch.long)
+    if not input_ids.shape == labels.shape == mask.shape:
+        raise ValueError(
+            f"Row {index} of the batch has {len(input_ids)} input_ids, {len(labels)} labels and {len(mask)} entries of "
+            "attention_mask: each token has one of each."
+        )
+    return input_ids, labels, mask

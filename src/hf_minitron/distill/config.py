@@ -1,0 +1,71 @@
+"""Settings of a distillation: the Trainer's own, and the loss's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import SchedulerType, TrainingArguments
+
+
+@dataclass
+class DistillationConfig(TrainingArguments):
+    """Settings of `DistillationTrainer`: the Trainer's own, and the loss's.
+
+    Peak learning rate, schedule and warm-up default to those of Llama-3.1-Minitron (P2 Table 4). For its decay to a
+    tenth of the peak give `lr_scheduler_type="cosine_with_min_lr"` with `lr_scheduler_kwargs={"min_lr_rate": 0.1}`.
+    """
+
+    learning_rate: float = field(default=1e-4, metadata={"help": "Peak learning rate (P2: 1e-4)."})
+    lr_scheduler_type: SchedulerType | str = field(
+        default="cosine", metadata={"help": "Schedule after warm-up (P2: cosine)."}
+    )
+    warmup_steps: float = field(
+        default=40, metadata={"help": "Steps of linear warm-up, or their share below 1 (P2: 40)."}
+    )
+    temperature: float = field(
+        default=1.0,
+        metadata={"help": "Temperature of both distributions in the KL, which is multiplied by its square."},
+    )
+    ce_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the student's cross-entropy on the data, added to the KL. The papers use 0."},
+    )
+    vocab_limit: int | None = field(
+        default=None,
+        metadata={
+            "help": "Use only the first vocab_limit rows of both heads and renormalise: the tokenizer's length, when "
+            "student and teacher pad their vocabularies differently."
+        },
+    )
+    kd_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits are in memory at a time; by default it follows the device."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Hide NaN and infinite losses from the log, at the price of a synchronisation per batch. "
+            "Distillation stops on them either way, at the next log or save."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.temperature > 0:
+            raise ValueError(f"temperature={self.temperature} is not above 0: logits are divided by it. Use 1.0.")
+        if not self.ce_weight >= 0:
+            raise ValueError(f"ce_weight={self.ce_weight} is negative: it weighs a loss. Use 0.0 for the KL alone.")
+        for name in ("vocab_limit", "kd_chunk_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name}={value} is not a positive count. Leave it out for the default.")
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False would weigh tokens differently in every process: the loss is a "
+                "mean over all tokens of the global batch. Leave it True."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no meaning here: the teacher's "
+                "distribution is the target. Use 0.0."
+            )
