@@ -109,6 +109,14 @@ def test_head_dim_is_explicit_in_the_target(name: str):
     assert (get_head_dim(derived), _counts(derived)[0]) == published.derived_head_dim
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_head_dim_that_was_derived_is_written_out(name: str):
+    config = _config(name, DISTINCT)
+    config.head_dim = None
+    target = target_config(config, target_sizes(config, PruneConfig(hidden_size=12)))
+    assert target.head_dim == 24 // 6
+
+
 def test_parts_add_up():
     counts = count_parameters(_config("llama", PUBLISHED["llama"].config))
     assert counts["embedding"] == counts["head"] == 128256 * 4096

@@ -219,7 +219,7 @@ def test_broken_index_is_named(sharded: Path, text: str):
 
 def test_packed_weights_are_refused(whole: Path):
     save_file({"a": torch.zeros(2, dtype=torch.uint8)}, whole / "model.safetensors")
-    with pytest.raises(ValueError, match="a is stored as U8.*unquantized"):
+    with pytest.raises(ValueError, match=r"a is stored as U8.*unquantized"):
         Checkpoint.open(whole).dtype("a")
 
 
@@ -379,9 +379,9 @@ def test_home_is_expanded_for_output_too(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_too_little_space_is_an_error_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=1_500_000_000))
-    with pytest.raises(OSError, match=r"1\.5 GB free, 2\.0 GB are needed"):
-        with atomic_folder(tmp_path / "out", num_bytes=2_000_000_000):
-            pytest.fail("the block ran")
+    needed, message = 2_000_000_000, r"1\.5 GB free, 2\.0 GB are needed"
+    with pytest.raises(OSError, match=message), atomic_folder(tmp_path / "out", num_bytes=needed):
+        pytest.fail("the block ran")
     assert not any(tmp_path.iterdir())
     with atomic_folder(tmp_path / "out", num_bytes=1_500_000_000):
         pass

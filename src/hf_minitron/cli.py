@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,7 @@ class Command:
     options: tuple[str, ...]
     run: str
     report: Callable[..., str]
+    when_stopped: str = "nothing incomplete stands under the output's name"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -47,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return run_command(words[0], words[1:])
     except KeyboardInterrupt:
-        print("\nstopped; nothing incomplete stands under the output's name", file=sys.stderr)
+        print(f"\nstopped; {COMMANDS[words[0]].when_stopped}", file=sys.stderr)
         return 130
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
@@ -77,7 +79,8 @@ def run_command(name: str, words: list[str]) -> int:
     words = [word for word in words if word != "--json"]
     parsed = _parse(name, command, words)
     result = _resolve(command.run)(*parsed)
-    print(json.dumps(result.as_dict(), indent=2) if as_json else command.report(result, *parsed))
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(json.dumps(result.as_dict(), indent=2) if as_json else command.report(result, *parsed))
     return 0
 
 
@@ -224,6 +227,7 @@ COMMANDS = {
         ("distill.stage.DistillArguments", "distill.config.DistillationConfig"),
         "distill.stage.distill_checkpoint",
         report_distill,
+        "add --resume-from-checkpoint true to go on from the last checkpoint-* folder, if there is one",
     ),
     "evaluate": Command(
         "Loss, perplexity and bits per byte on held-out text.",

@@ -39,19 +39,19 @@ class DistillArguments:
     student_model: str = field(metadata={"help": "Hub id or folder of the pruned model to train."})
     teacher_model: str = field(metadata={"help": "Hub id or folder of the teacher, usually the model that was pruned."})
     dataset: str = field(
-        metadata={"help": ("Training text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet).")}
+        metadata={"help": "Training text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet)."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     text_column: str | None = field(
-        default=None, metadata={"help": ("Column that holds the text; found by itself where only one can.")}
+        default=None, metadata={"help": "Column that holds the text; found by itself where only one can."}
     )
     eval_dataset: str | None = field(default=None, metadata={"help": "Held-out text, read like --dataset."})
     eval_split: str | None = field(
         default=None, metadata={"help": "Split to evaluate on (default: validation, or train of another source)."}
     )
     max_length: int | None = field(
-        default=None, metadata={"help": ("Tokens per packed row (default: what the student takes, at most 4096).")}
+        default=None, metadata={"help": "Tokens per packed row (default: what the student takes, at most 4096)."}
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many packed rows for training."})
     max_eval_rows: int = field(default=256, metadata={"help": "Use at most so many packed rows for evaluation."})
@@ -59,10 +59,10 @@ class DistillArguments:
     teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."})
     teacher_dtype: str = field(
         default="auto",
-        metadata={"help": ("float32, bfloat16 or float16 (auto: bfloat16 where it is fast, else float32).")},
+        metadata={"help": "float32, bfloat16 or float16 (auto: bfloat16 where it is fast, else float32)."},
     )
     trust_remote_code: bool = field(
-        default=False, metadata={"help": ("Run code that the models' repositories bring along.")}
+        default=False, metadata={"help": "Run code that the models' repositories bring along."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace output_dir if it is not empty."})
 

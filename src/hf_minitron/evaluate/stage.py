@@ -24,29 +24,29 @@ class EvaluateArguments:
 
     model: str = field(metadata={"help": "Hub id or folder of the model to measure."})
     dataset: str = field(
-        metadata={"help": ("Held-out text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet).")}
+        metadata={"help": "Held-out text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet)."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split of the data set (files: train)."})
     text_column: str | None = field(
-        default=None, metadata={"help": ("Column that holds the text; found by itself where only one can.")}
+        default=None, metadata={"help": "Column that holds the text; found by itself where only one can."}
     )
     context_length: int | None = field(
-        default=None, metadata={"help": ("Tokens the model sees at once (default: what it takes, at most 2048).")}
+        default=None, metadata={"help": "Tokens the model sees at once (default: what it takes, at most 2048)."}
     )
     stride: int | None = field(
-        default=None, metadata={"help": ("Tokens by which the window moves (default: half of context_length).")}
+        default=None, metadata={"help": "Tokens by which the window moves (default: half of context_length)."}
     )
     max_tokens: int | None = field(default=None, metadata={"help": "Stop after so many scored tokens."})
     batch_size: int = field(default=8, metadata={"help": "Windows per forward pass; does not change the result."})
     dtype: str = field(
         default="auto",
-        metadata={"help": ("float32, bfloat16 or float16 (auto: bfloat16 where it is fast, else float32).")},
+        metadata={"help": "float32, bfloat16 or float16 (auto: bfloat16 where it is fast, else float32)."},
     )
     output_file: str | None = field(default=None, metadata={"help": "Also write the result to this JSON file."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": ("Run code that the model's repository brings along.")}
+        default=False, metadata={"help": "Run code that the model's repository brings along."}
     )
 
 

@@ -30,7 +30,7 @@ def load_calibration(
     are those of ``load_text``. Fewer rows than asked for are used as they are; none at all is an error.
     """
     limit = getattr(config, "max_position_embeddings", None) or MAX_SEQUENCE_LENGTH
-    sequence_length = sequence_length or min(MAX_SEQUENCE_LENGTH, limit)
+    sequence_length = min(MAX_SEQUENCE_LENGTH, limit) if sequence_length is None else sequence_length
     if not 1 < sequence_length <= limit:
         raise ValueError(
             f"sequence_length={sequence_length}: the model takes 2 to {limit} tokens "

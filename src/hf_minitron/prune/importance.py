@@ -199,8 +199,9 @@ def score_model(
     """
     axes = check_axes(axes)
     aggregation = check_aggregation(aggregation)
-    if batch_size < 1 or len(rows) < 1:
-        raise ValueError(f"batch_size={batch_size}, {len(rows)} rows: importance needs at least one of each.")
+    check_batch_size(batch_size)
+    if len(rows) < 1:
+        raise ValueError("there are 0 rows: importance needs at least one. Give rows of token ids.")
     family, was_training = get_family(model.config), model.training
     scores = ImportanceScores(aggregation, get_head_dim(model.config))
     hooks = _attach_hooks(model, family, axes, scores)
@@ -236,6 +237,12 @@ def check_aggregation(aggregation: Sequence[str]) -> tuple[str, str]:
             f"The papers use ('l2', 'mean')."
         )
     return tuple(aggregation)
+
+
+def check_batch_size(batch_size: int) -> None:
+    """At least one row per forward pass."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size}: a forward pass needs at least one row. Use 1 or more.")
 
 
 def _attach_hooks(model: PreTrainedModel, family: Family, axes: tuple[str, ...], scores: ImportanceScores) -> list:

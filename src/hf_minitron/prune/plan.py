@@ -109,7 +109,11 @@ def make_plan(config: PreTrainedConfig, prune: PruneConfig, scores: ImportanceSc
     Scores are needed only for axes that shrink, and not at all by ``method="random"``.
     """
     sizes, source = target_sizes(config, prune), source_sizes(config)
-    rank = _random_ranking(prune.seed, source) if prune.method == "random" else _score_ranking(scores, source)
+    rank = (
+        _random_ranking(prune.seed, source)
+        if prune.method == "random"
+        else _score_ranking(scores, source, config.num_hidden_layers)
+    )
     layers = range(config.num_hidden_layers)
     attention = [_keep_heads(source, sizes, lambda i=i: rank("heads", i)) for i in layers]
     return PrunePlan(
@@ -204,7 +208,7 @@ def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
     return counts
 
 
-def _score_ranking(scores: ImportanceScores | None, source: dict[str, int]) -> Ranking:
+def _score_ranking(scores: ImportanceScores | None, source: dict[str, int], num_layers: int) -> Ranking:
     """Importance by axis and layer, refused when it is missing or belongs to a model of another shape."""
 
     @cache
@@ -217,12 +221,13 @@ def _score_ranking(scores: ImportanceScores | None, source: dict[str, int]) -> R
             raise ValueError(
                 f"{key} shrinks, which needs importance scores of {axis!r}. Call score() first, or load saved scores."
             )
-        values = table(axis) if layer is None else table(axis)[layer]
-        if len(values) != source[key]:
+        shape = (source[key],) if layer is None else (num_layers, source[key])
+        if table(axis).shape != shape:
             raise ValueError(
-                f"scores of {axis!r} have {len(values)} entries, {key}={source[key]}: they belong to another "
-                "model. Score this one."
+                f"scores of {axis!r} have shape {tuple(table(axis).shape)}, this model needs {shape}: they belong to "
+                f"another model. Score this one."
             )
+        values = table(axis) if layer is None else table(axis)[layer]
         if not torch.isfinite(values).all():
             raise ValueError(
                 f"scores of {axis!r} hold NaN or Inf, so they rank nothing. Score again with sound weights."

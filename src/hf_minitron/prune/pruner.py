@@ -27,13 +27,21 @@ from hf_minitron.checkpoint import (
     check_finite,
     check_output_dir,
     copy_companions,
+    read_config,
     write_tensors,
 )
 from hf_minitron.data import describe_source, fingerprint_rows
 from hf_minitron.hardware import fast_dtype, parse_dtype
 from hf_minitron.lineage import Stage, append_stage
 from hf_minitron.prune.calibration import is_text_source, load_calibration
-from hf_minitron.prune.importance import AXES, ImportanceScores, check_aggregation, check_axes, score_model
+from hf_minitron.prune.importance import (
+    AXES,
+    ImportanceScores,
+    check_aggregation,
+    check_axes,
+    check_batch_size,
+    score_model,
+)
 from hf_minitron.prune.plan import (
     PruneConfig,
     PrunePlan,
@@ -64,17 +72,11 @@ class PrunerForCausalLM:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
-        get_family(model.config)
+        _check_prunable(model.config)
         self._set_up(model.config, None, ModelTensors(model))
         self._tokenizer, self._model = tokenizer, model
 
     def _set_up(self, config: PreTrainedConfig, dtype: torch.dtype | None, tensors: TensorSource) -> None:
-        if getattr(config, "quantization_config", None) is not None:
-            raise ValueError(
-                "the model is quantized (config.json has a quantization_config): packed weights have no rows "
-                "and columns "
-                "to keep. Prune the unquantized model."
-            )
         self.config, self.dtype, self._tensors = config, dtype, tensors
         self.scores: ImportanceScores | None = None
         self._plan: PrunePlan | None = None
@@ -98,10 +100,12 @@ class PrunerForCausalLM:
         transformers. Raises before any long work for a family that is not supported and for files that are missing or
         damaged.
         """
-        checkpoint = Checkpoint.open(model, revision=revision, token=token, trust_remote_code=trust_remote_code)
-        get_family(checkpoint.config)
+        access = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
+        dtype = parse_dtype(dtype)
+        _check_prunable(read_config(model, **access))  # before weights are fetched
+        checkpoint = Checkpoint.open(model, **access)
         self = cls.__new__(cls)
-        self._set_up(checkpoint.config, parse_dtype(dtype), checkpoint)
+        self._set_up(checkpoint.config, dtype, checkpoint)
         self._checkpoint = checkpoint
         self._loading = {"device_map": device_map, "trust_remote_code": trust_remote_code}
         return self
@@ -149,6 +153,7 @@ class PrunerForCausalLM:
         """
         check_axes(axes)
         check_aggregation(aggregation)
+        check_batch_size(batch_size)
         described = {}
         if is_text_source(calibration):
             which = {key: how_to_read[key] for key in _WHICH_TEXT if key in how_to_read}
@@ -252,9 +257,9 @@ class PrunerForCausalLM:
 
     def _load_model(self) -> PreTrainedModel:
         """The model for scoring: as stored, or in fp32 where the machine has no fast bf16 (said in the log)."""
-        dtype = self.dtype or "auto"
+        dtype = self.dtype or self.config.dtype or "auto"
         on_cpu = self._loading["device_map"] in (None, "cpu") and not torch.cuda.is_available()
-        if on_cpu and fast_dtype("cpu") == torch.float32:
+        if dtype != torch.float32 and on_cpu and fast_dtype("cpu") == torch.float32:
             dtype = torch.float32
             logger.info("scoring in float32: this CPU has no fast bfloat16; the pruned weights keep their dtype")
         device_map = self._loading["device_map"] or ("auto" if torch.cuda.is_available() else None)
@@ -269,6 +274,15 @@ class PrunerForCausalLM:
             if parameter.device.type != "meta":  # offloaded parts are checked when they are trimmed
                 check_finite(name, parameter)
         return model
+
+
+def _check_prunable(config: PreTrainedConfig) -> None:
+    get_family(config)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ValueError(
+            "the model is quantized (config.json has a quantization_config): packed weights have no rows and columns "
+            "to keep. Prune the unquantized model."
+        )
 
 
 def _check_same_model(scored: dict[str, Any], source: dict[str, Any]) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_minitron.checkpoint import check_output_dir, read_config
-from hf_minitron.prune.importance import AXES, ImportanceScores, check_aggregation, check_axes
+from hf_minitron.prune.importance import AXES, ImportanceScores, check_aggregation, check_axes, check_batch_size
 from hf_minitron.prune.plan import (
     SIZE_OF,
     PruneConfig,
@@ -26,7 +26,7 @@ class ModelArguments:
     model: str = field(metadata={"help": "Hub id or folder of the model to prune."})
     revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
     trust_remote_code: bool = field(
-        default=False, metadata={"help": ("Run code that the model's repository brings along.")}
+        default=False, metadata={"help": "Run code that the model's repository brings along."}
     )
 
 
@@ -36,12 +36,12 @@ class CalibrationArguments:
 
     calibration_dataset: str | None = field(
         default=None,
-        metadata={"help": ("Text for calibration: Hub data set id, file, folder or glob (txt, jsonl, json, parquet).")},
+        metadata={"help": "Text for calibration: Hub data set id, file, folder or glob (txt, jsonl, json, parquet)."},
     )
     calibration_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     calibration_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
     text_column: str | None = field(
-        default=None, metadata={"help": ("Column that holds the text; found by itself where only one can.")}
+        default=None, metadata={"help": "Column that holds the text; found by itself where only one can."}
     )
     num_samples: int = field(default=1024, metadata={"help": "Calibration rows, drawn at random (the papers: 1024)."})
     sequence_length: int | None = field(
@@ -50,18 +50,17 @@ class CalibrationArguments:
     calibration_seed: int = field(default=0, metadata={"help": "Seed of the random draw of rows."})
     batch_size: int = field(default=8, metadata={"help": "Rows per forward pass; does not change the scores."})
     batch_aggregation: str = field(
-        default="l2", metadata={"help": ("How scores are aggregated over rows: l2, mean or var.")}
+        default="l2", metadata={"help": "How scores are aggregated over rows: l2, mean or var."}
     )
     sequence_aggregation: str = field(
-        default="mean", metadata={"help": ("How scores are aggregated over a row's tokens: l2, mean or var.")}
+        default="mean", metadata={"help": "How scores are aggregated over a row's tokens: l2, mean or var."}
     )
     axes: list[str] = field(default_factory=lambda: list(AXES), metadata={"help": f"Axes to score: {' '.join(AXES)}."})
 
     def __post_init__(self) -> None:
         check_axes(self.axes)
         check_aggregation((self.batch_aggregation, self.sequence_aggregation))
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size={self.batch_size}: a forward pass needs at least one row. Use 1 or more.")
+        check_batch_size(self.batch_size)
 
 
 @dataclass
@@ -77,11 +76,11 @@ class PruneOutput:
 
     output_dir: str = field(metadata={"help": "Folder for the pruned checkpoint."})
     scores: str | None = field(
-        default=None, metadata={"help": ("Scores written by `hf-minitron score`, instead of a calibration data set.")}
+        default=None, metadata={"help": "Scores written by `hf-minitron score`, instead of a calibration data set."}
     )
     dtype: str = field(default="auto", metadata={"help": "float32, bfloat16, float16, or auto: as stored."})
     device_map: str | None = field(
-        default=None, metadata={"help": ("Where the model is put for scoring, as in transformers (auto, cpu, cuda).")}
+        default=None, metadata={"help": "Where the model is put for scoring, as in transformers (auto, cpu, cuda)."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace output_dir if it is not empty."})
 
@@ -115,6 +114,7 @@ def score_checkpoint(model: ModelArguments, calibration: CalibrationArguments, o
         raise IsADirectoryError(
             f"output_file={path} is a folder: give the name of a file, such as {path / 'scores.safetensors'}."
         )
+    _check_calibration(calibration)
     path.parent.mkdir(parents=True, exist_ok=True)
     pruner = _open(model)
     scores = _score(pruner, calibration)
@@ -127,21 +127,27 @@ def prune_checkpoint(
 ) -> PlanReport:
     """Scores (unless scores are given, or none are needed), plans, trims and writes the smaller checkpoint."""
     check_output_dir(output.output_dir, output.overwrite)
-    pruner = _open(model, output.dtype, output.device_map)
-    report = plan_pruning(model, prune)
+    report = plan_pruning(model, prune)  # from the config alone: sizes are checked before weights are fetched
     if report.sizes == report.source_sizes:
         raise ValueError(
             f"nothing to prune: the sizes asked for are the source's, {report.sizes}. Give a smaller --hidden-size "
             "or --intermediate-size."
         )
-    if output.scores is not None:
-        pruner.scores = ImportanceScores.load(output.scores)
-    elif prune.method != "random":
+    scores = None if output.scores is None else ImportanceScores.load(output.scores)
+    needs_scores = scores is None and prune.method != "random"
+    if needs_scores:
+        _check_calibration(calibration)
         _check_scored_axes(calibration, report)
-        _score(pruner, calibration)
+    pruner = _open(model, output.dtype, output.device_map)
+    pruner.scores = _score(pruner, calibration) if needs_scores else scores
     pruner.set_plan(pruner.plan(prune))
     pruner.save_pretrained(output.output_dir, overwrite=output.overwrite)
     return report
+
+
+def _check_calibration(calibration: CalibrationArguments) -> None:
+    if calibration.calibration_dataset is None:
+        raise ValueError("importance is measured on text: give --calibration-dataset, or --scores, or --method random.")
 
 
 def _check_scored_axes(calibration: CalibrationArguments, report: PlanReport) -> None:
@@ -149,8 +155,8 @@ def _check_scored_axes(calibration: CalibrationArguments, report: PlanReport) ->
     shrinking = [axis for axis, key in SIZE_OF.items() if report.sizes[key] < report.source_sizes[key]]
     if missing := [axis for axis in shrinking if axis not in calibration.axes]:
         raise ValueError(
-            f"axes={' '.join(calibration.axes)}: {SIZE_OF[missing[0]]} shrinks, which needs importance of {missing[0]}. "
-            f"Use --axes {' '.join(shrinking)}."
+            f"axes={' '.join(calibration.axes)}: {SIZE_OF[missing[0]]} shrinks, which needs importance of {missing[0]}"
+            f". Use --axes {' '.join(shrinking)}."
         )
 
 
@@ -165,8 +171,6 @@ def _open(model: ModelArguments, dtype: str = "auto", device_map: str | None = N
 
 
 def _score(pruner: PrunerForCausalLM, calibration: CalibrationArguments) -> ImportanceScores:
-    if calibration.calibration_dataset is None:
-        raise ValueError("importance is measured on text: give --calibration-dataset, or --scores, or --method random.")
     return pruner.score(
         calibration.calibration_dataset,
         axes=tuple(calibration.axes),

@@ -35,6 +35,9 @@ class Trimmer:
         self.source, self.config, self.plan, self.dtype = source, config, plan, dtype
         self.family, self.head_dim = get_family(config), get_head_dim(source_config)
         self.tied = bool(config.tie_word_embeddings)
+        self.source_shapes = {
+            name: tuple(tensor.shape) for name, tensor in build_empty(source_config).state_dict().items()
+        }
         self.shapes = {
             name: tuple(tensor.shape)
             for name, tensor in empty.state_dict().items()
@@ -50,14 +53,15 @@ class Trimmer:
     def trim(self, name: str) -> torch.Tensor:
         """The target's tensor ``name``."""
         tensor = check_finite(name, self._read(name))
+        if tuple(tensor.shape) != self.source_shapes[name]:
+            raise ValueError(
+                f"{name} has shape {tuple(tensor.shape)}, config.json of the source says {self.source_shapes[name]}: "
+                f"they do not belong together. Fetch the checkpoint again."
+            )
         layer, _ = self.family.split_layer(name)
         for dim, axis in enumerate(self.family.axes(name)):
             tensor = select(tensor, dim, kept_indices(self.plan, axis, layer, self.head_dim))
-        if tuple(tensor.shape) != self.shapes[name]:
-            raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)} after trimming, the target needs {self.shapes[name]}: weights "
-                f"and config.json of the source do not belong together. Fetch the checkpoint again."
-            )
+        assert tuple(tensor.shape) == self.shapes[name], name
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
     @property
