@@ -248,10 +248,12 @@ def test_columns_that_cannot_be_read(columns, options, message):
             load_text(dataset, **options)
 
 
-def test_an_empty_file_has_no_text(folder):
-    (folder / "a.txt").write_text("")
-    with pytest.raises(ValueError, match="no text in its column 'text'"):
-        load_text(folder / "a.txt")
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.json", "a.csv"])
+@pytest.mark.parametrize("content", ["", " \n\n"])
+def test_an_empty_file_has_no_text(folder, name, content):
+    (folder / name).write_text(content)
+    with pytest.raises(ValueError, match=f"{name} is empty: there is no text"):
+        load_text(folder / name)
 
 
 def test_empty_rows_are_dropped():

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hf_minitron import lineage
-from hf_minitron.lineage import Stage, append_stage, read_lineage, settings_dict, without_secrets, write_lineage
+from hf_minitron.lineage import Stage, append_stage, publishable, read_lineage, settings_dict, write_lineage
 
 TOKEN = "hf_" + "aB3dEfGhIjKlMnOpQrStUvWxYz01234567"  # the form of a Hub token, but none
 
@@ -49,13 +49,13 @@ def test_seconds_run_from_the_making_of_the_record(monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.parametrize("key", ["token", "hub_token", "HF_TOKEN", "password", "api_key", "client_secret"])
 def test_entries_named_like_a_secret_are_dropped(key: str):
-    assert without_secrets({"a": {key: "x", "kept": 1}}) == {"a": {"kept": 1}}
+    assert publishable({"a": {key: "x", "kept": 1}}) == {"a": {"kept": 1}}
     assert Stage("prune", settings={key: "x", "kept": 1}).as_dict()["settings"] == {"kept": 1}
 
 
 @pytest.mark.parametrize("key", ["num_tokens", "tokens", "tokenizer", "max_new_tokens", "num_input_tokens_seen"])
 def test_counts_of_tokens_are_no_secrets(key: str):
-    assert without_secrets({key: 3}) == {key: 3}
+    assert publishable({key: 3}) == {key: 3}
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_counts_of_tokens_are_no_secrets(key: str):
     ],
 )
 def test_values_like_a_token_are_masked(value, shown):
-    assert without_secrets({"kept": value}) == {"kept": shown}
+    assert publishable({"kept": value}) == {"kept": shown}
 
 
 def test_no_secret_reaches_the_file(tmp_path: Path):

@@ -30,9 +30,9 @@ from hf_minitron.distill.stage import DistillArguments, DistillReport, distill_c
 from hf_minitron.evaluate.perplexity import PerplexityResult, evaluate_perplexity
 from hf_minitron.prune.importance import ImportanceScores
 from hf_minitron.prune.plan import PruneConfig
+from hf_minitron.prune.preview import ModelArguments
 from hf_minitron.prune.stage import (
     CalibrationArguments,
-    ModelArguments,
     PruneOutput,
     ScoreOutput,
     prune_checkpoint,

@@ -198,14 +198,14 @@ COMMANDS = {
     "plan": Command(
         "Show sizes and parameters before and after, from the config alone.",
         "model",
-        ("prune.stage.ModelArguments", "prune.plan.PruneConfig"),
-        "prune.stage.plan_pruning",
+        ("prune.preview.ModelArguments", "prune.plan.PruneConfig"),
+        "prune.preview.plan_pruning",
         report_plan,
     ),
     "score": Command(
         "Measure importance of neurons, heads, channels and layers on calibration text.",
         "model",
-        ("prune.stage.ModelArguments", "prune.stage.CalibrationArguments", "prune.stage.ScoreOutput"),
+        ("prune.preview.ModelArguments", "prune.stage.CalibrationArguments", "prune.stage.ScoreOutput"),
         "prune.stage.score_checkpoint",
         report_scores,
     ),
@@ -213,7 +213,7 @@ COMMANDS = {
         "Write a smaller checkpoint that keeps what matters most.",
         "model",
         (
-            "prune.stage.ModelArguments",
+            "prune.preview.ModelArguments",
             "prune.stage.CalibrationArguments",
             "prune.plan.PruneConfig",
             "prune.stage.PruneOutput",

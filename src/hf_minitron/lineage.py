@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import os
 import re
 import time
@@ -51,7 +52,7 @@ class Stage:
     def as_dict(self) -> dict[str, Any]:
         """What is known, ready for JSON, with the seconds since the record was made; no unknown facts, no secrets."""
         facts = dataclasses.asdict(self) | {"seconds": round(time.monotonic() - self._clock, 3)}
-        return without_secrets({key: value for key, value in facts.items() if value not in (None, {})})
+        return {key: value for key, value in publishable(facts).items() if value != {}}
 
 
 def read_lineage(folder: str | Path | None) -> list[dict[str, Any]]:
@@ -100,25 +101,23 @@ def settings_dict(settings: Any) -> dict[str, Any]:
         if isinstance(settings, dict)
         else {f.name: getattr(settings, f.name) for f in dataclasses.fields(settings)}
     )
-    return without_secrets({key: _plain(value) for key, value in values.items() if value is not None})
+    return publishable(values)
 
 
-def without_secrets(value: Any) -> Any:
-    """The same structure without entries named like a secret, and with token-like strings masked."""
-    if isinstance(value, dict):
-        return {k: without_secrets(v) for k, v in value.items() if not _SECRET_KEY.search(str(k))}
-    if isinstance(value, list | tuple):
-        return [without_secrets(item) for item in value]
-    return _SECRET_VALUE.sub(r"\1***", value) if isinstance(value, str) else value
+def publishable(value: Any) -> Any:
+    """The same structure as plain JSON values, without what is unknown (None, NaN) and without secrets.
 
-
-def _plain(value: Any) -> Any:
+    Entries named like a secret are left out, and strings that look like an access token are masked.
+    """
     if isinstance(value, Enum):
-        return value.value
+        return publishable(value.value)
     if isinstance(value, dict):
-        return {str(k): _plain(v) for k, v in value.items()}
+        kept = {str(key): publishable(item) for key, item in value.items() if not _SECRET_KEY.search(str(key))}
+        return {key: item for key, item in kept.items() if item is not None}
     if isinstance(value, list | tuple | set):
-        return [_plain(item) for item in value]
-    if isinstance(value, str | int | float | bool) or value is None:
+        return [publishable(item) for item in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, int) or value is None:
         return value
-    return str(value)
+    return _SECRET_VALUE.sub(r"\1***", str(value))

@@ -81,6 +81,8 @@ def load_text_files(files: TextFiles, split: str, streaming: bool) -> Dataset | 
     paths = files.of_split(split)
     patterns = {part: [glob.escape(str(path.absolute())) for path in files.by_split[part]] for part in files.by_split}
     options = {"sample_by": "document"} if files.builder == "text" else {}
+    if all(map(_is_blank, paths)):
+        raise ValueError(f"{files.source} is empty: there is no text in it. Give a source with text.")
     try:
         return load_dataset(files.builder, data_files=patterns, split=split, streaming=streaming, **options)
     except DatasetGenerationError as error:
@@ -145,6 +147,10 @@ def _one_kind(builders: dict[Path, str], source: str | os.PathLike) -> tuple[str
         examples = [f"{kind} (such as {min(p.name for p, b in builders.items() if b == kind)})" for kind in kinds]
         raise ValueError(f"{source} mixes kinds of files: {', '.join(examples)}. Use a glob such as '*.jsonl'.")
     return kinds[0], sorted(builders)
+
+
+def _is_blank(path: Path) -> bool:
+    return path.stat().st_size < 1 << 20 and not path.read_bytes().strip()
 
 
 def _first_not_utf8(paths: list[Path]) -> Path | None:

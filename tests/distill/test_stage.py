@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
 from hf_minitron.prune.plan import PruneConfig
-from hf_minitron.prune.stage import CalibrationArguments, ModelArguments, PruneOutput, prune_checkpoint
+from hf_minitron.prune.preview import ModelArguments
+from hf_minitron.prune.stage import CalibrationArguments, PruneOutput, prune_checkpoint
 
 
 @pytest.fixture(scope="module")

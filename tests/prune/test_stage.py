@@ -15,13 +15,12 @@ from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.lineage import read_lineage
 from hf_minitron.prune.importance import ImportanceScores
 from hf_minitron.prune.plan import PruneConfig
+from hf_minitron.prune.preview import ModelArguments, plan_pruning
 from hf_minitron.prune.pruner import PLAN_FILE
 from hf_minitron.prune.stage import (
     CalibrationArguments,
-    ModelArguments,
     PruneOutput,
     ScoreOutput,
-    plan_pruning,
     prune_checkpoint,
     score_checkpoint,
 )

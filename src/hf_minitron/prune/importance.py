@@ -112,6 +112,10 @@ class ImportanceScores:
         """(layers,): block importance 1 − E[cos(input, output)] over tokens (P1 2.2, ShortGPT)."""
         return torch.stack([1 - self.moments[key].mean.reshape(()) for key in self._keys("layers")]).float().cpu()
 
+    def as_dict(self) -> dict[str, Any]:
+        """What was scored and how, without the scores themselves, ready for JSON."""
+        return {"axes": list(self.axes), "aggregation": list(self.aggregation), **self.info}
+
     def merge(self, other: ImportanceScores) -> ImportanceScores:
         """Scores over both sets of rows, as if scored together; for shards of one calibration set."""
         mine, theirs = (
@@ -216,7 +220,7 @@ def score_model(
             hook.remove()
         model.train(was_training)
     _check_scores(scores)
-    scores.info = {"num_samples": len(rows), "num_tokens": sum(len(row) for row in rows)}
+    scores.info = {"num_samples": len(rows), "sequence_length": len(rows[0]), "num_tokens": len(rows) * len(rows[0])}
     return scores
 
 

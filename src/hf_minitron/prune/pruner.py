@@ -157,7 +157,7 @@ class PrunerForCausalLM:
         described = {}
         if is_text_source(calibration):
             which = {key: how_to_read[key] for key in _WHICH_TEXT if key in how_to_read}
-            described = {"calibration": describe_source(calibration, **which)}
+            described = {"calibration": describe_source(calibration, **which) | {"seed": how_to_read.get("seed", 0)}}
             calibration = load_calibration(calibration, self.tokenizer, self.config, **how_to_read)
         rows = _as_rows(calibration, self.config.vocab_size)
         scores = score_model(

@@ -1,33 +1,15 @@
-"""The stages ``plan``, ``score`` and ``prune`` as the command line and recipes run them."""
+"""The stages ``score`` and ``prune`` as the command line and recipes run them."""
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from hf_minitron.checkpoint import check_output_dir, read_config
+from hf_minitron.checkpoint import check_output_dir
 from hf_minitron.prune.importance import AXES, ImportanceScores, check_aggregation, check_axes, check_batch_size
-from hf_minitron.prune.plan import (
-    SIZE_OF,
-    PruneConfig,
-    count_parameters,
-    source_sizes,
-    target_config,
-    target_sizes,
-)
+from hf_minitron.prune.plan import SIZE_OF, PruneConfig
+from hf_minitron.prune.preview import ModelArguments, PlanReport, plan_pruning
 from hf_minitron.prune.pruner import PrunerForCausalLM
-
-
-@dataclass
-class ModelArguments:
-    """Which model to take."""
-
-    model: str = field(metadata={"help": "Hub id or folder of the model to prune."})
-    revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub model."})
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that the model's repository brings along."}
-    )
 
 
 @dataclass
@@ -83,28 +65,6 @@ class PruneOutput:
         default=None, metadata={"help": "Where the model is put for scoring, as in transformers (auto, cpu, cuda)."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace output_dir if it is not empty."})
-
-
-@dataclass(frozen=True)
-class PlanReport:
-    """What pruning would change, counted on the built configs: parameters by part before and after, and sizes."""
-
-    model: str
-    source_sizes: dict[str, int]
-    sizes: dict[str, int]
-    source_parameters: dict[str, int]
-    parameters: dict[str, int]
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def plan_pruning(model: ModelArguments, prune: PruneConfig) -> PlanReport:
-    """Sizes and parameter counts before and after; needs only the model's config."""
-    config = read_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    sizes = target_sizes(config, prune)
-    target = target_config(config, sizes)
-    return PlanReport(model.model, source_sizes(config), sizes, count_parameters(config), count_parameters(target))
 
 
 def score_checkpoint(model: ModelArguments, calibration: CalibrationArguments, output: ScoreOutput) -> ImportanceScores:
