@@ -54,10 +54,10 @@ class Scale:
     """How much is read: ``calibration_rows`` and ``eval_rows`` in rows, ``eval_tokens`` in tokens."""
 
     calibration_rows: int = 256
-    steps: int = 200
+    steps: int = 120
     rows_per_step: int = 8
-    eval_steps: int = 25
-    eval_rows: int = 32
+    eval_steps: int = 20
+    eval_rows: int = 24
     eval_tokens: int = 60_000
 
 
