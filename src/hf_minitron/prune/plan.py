@@ -137,8 +137,7 @@ def source_sizes(config: PreTrainedConfig) -> dict[str, int]:
 
 def target_sizes(config: PreTrainedConfig, prune: PruneConfig) -> dict[str, int]:
     """The sizes after pruning, checked one by one against the source; no weights needed."""
-    get_family(config)
-    source = source_sizes(config)
+    family, source = get_family(config), source_sizes(config)
     wanted = {key: getattr(prune, key) for key in SIZES}
     for key, size in wanted.items():
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= source[key]):
@@ -159,6 +158,9 @@ def target_sizes(config: PreTrainedConfig, prune: PruneConfig) -> dict[str, int]
             "key/value heads in "
             f"equal groups of at most the source's {heads_per_group}. Use one of {allowed}."
         )
+    for key, reason in family.fixed.items():
+        if sizes[key] != source[key]:
+            raise ValueError(f"{key}={sizes[key]}: {family.model_type} keeps its {source[key]}, for {reason}.")
     return sizes
 
 
