@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig, Phi3Config
 
 from hf_minitron.architectures import FAMILIES
 from hf_minitron.prune.importance import ImportanceScores, Moments
@@ -257,6 +257,19 @@ def test_hidden_sizes_that_the_config_class_refuses():
         target_config(CONFIG, target_sizes(CONFIG, prune))
     config = MistralConfig(**SETTINGS)
     assert target_config(config, target_sizes(config, prune)).hidden_size == 14
+
+
+def test_rotary_factors_that_the_config_class_counts_by_the_hidden_size():
+    """Phi-3 with long rope wants as many factors as hidden_size / num_attention_heads / 2, whatever head_dim says."""
+    factors = [1.0, 2.0]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
+    sizes = SETTINGS | {"head_dim": 4, "num_key_value_heads": 6, "pad_token_id": None}
+    config = Phi3Config(**sizes, rope_parameters=rope | {"original_max_position_embeddings": 4096, "factor": 2.0})
+    for prune in (PruneConfig(hidden_size=12), PruneConfig(num_attention_heads=3)):
+        with pytest.raises(ValueError, match=r"Phi3Config cannot .*short_factor.*source's 4 channels per head"):
+            target_config(config, target_sizes(config, prune))
+    for prune in (PruneConfig(intermediate_size=16), PruneConfig(hidden_size=12, num_attention_heads=3)):
+        assert target_config(config, target_sizes(config, prune)).head_dim == 4
 
 
 @pytest.mark.parametrize(
