@@ -2,26 +2,48 @@
 
 from __future__ import annotations
 
+import runpy
+import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import CONFIG_MAPPING, GPT2Config, PreTrainedConfig
 
-from hf_minitron.architectures import AXES, FAMILIES, get_family, get_head_dim
+from hf_minitron.architectures import AXES, FAMILIES, get_family, get_head_dim, support_table
 from hf_minitron.prune.plan import PruneConfig, build_empty, count_parameters, target_config, target_sizes
 
 
 @dataclass(frozen=True)
+class Pruned:
+    """What width pruning made of a published model, by the papers and their published checkpoints."""
+
+    prune: PruneConfig
+    parameters: tuple[int, int]
+    derived_head_dim: tuple[int, int]  # head_dim and parameters in all, were head_dim left to be derived
+
+
+@dataclass(frozen=True)
 class Published:
-    """A model of the family and what the papers (or their published checkpoints) made of it by width pruning."""
+    """A model of the family: its config, and its parameters in all and without embedding and head."""
 
     config: dict
-    source: tuple[int, int]  # parameters: in all, and without embedding and head
-    prune: PruneConfig
-    pruned: tuple[int, int]
-    derived_head_dim: tuple[int, int]  # head_dim and parameters in all, were head_dim left to be derived
+    parameters: tuple[int, int]
+    pruned: tuple[Pruned, ...] = ()
     settings: dict = field(default_factory=dict)  # of the source that pruning must leave alone
+
+
+def _sizes(vocab: int, hidden: int, ffn: int, layers: int, heads: int, groups: int, **others) -> dict:
+    sizes = {
+        "vocab_size": vocab,
+        "hidden_size": hidden,
+        "intermediate_size": ffn,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": groups,
+    }
+    return sizes | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None} | others
 
 
 LLAMA_ROPE = {
@@ -32,47 +54,61 @@ LLAMA_ROPE = {
     "high_freq_factor": 4.0,
     "original_max_position_embeddings": 8192,
 }
+NEMO_ROPE = {"rope_type": "default", "rope_theta": 1000000.0}
+NEMOTRON_ROPE = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
 PUBLISHED = {  # one line a family: a test fails for a family that has none
-    "llama": Published(
-        config={
-            "vocab_size": 128256,
-            "hidden_size": 4096,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "max_position_embeddings": 131072,
-            "rms_norm_eps": 1e-5,
-            "rope_parameters": LLAMA_ROPE,
-            "bos_token_id": 128000,
-            "eos_token_id": 128001,
-        },
-        source=(8_030_261_248, 6_979_588_096),
-        prune=PruneConfig(hidden_size=3072, intermediate_size=9216),
-        pruned=(4_512_746_496, 3_724_741_632),
-        derived_head_dim=(96, 4_261_088_256),
-        settings={"rope_parameters": LLAMA_ROPE, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
+    "llama": Published(  # Llama-3.1-8B
+        _sizes(
+            *(128256, 4096, 14336, 32, 32, 8),
+            max_position_embeddings=131072,
+            rms_norm_eps=1e-5,
+            rope_parameters=LLAMA_ROPE,
+            bos_token_id=128000,
+            eos_token_id=128001,
+        ),
+        (8_030_261_248, 6_979_588_096),
+        (Pruned(PruneConfig(3072, 9216), (4_512_746_496, 3_724_741_632), (96, 4_261_088_256)),),
+        {"rope_parameters": LLAMA_ROPE, "rms_norm_eps": 1e-5, "max_position_embeddings": 131072},
     ),
-    "mistral": Published(
-        config={
-            "vocab_size": 131072,
-            "hidden_size": 5120,
-            "intermediate_size": 14336,
-            "num_hidden_layers": 40,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "head_dim": 128,
-            "max_position_embeddings": 131072,
-            "sliding_window": None,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
-        },
-        source=(12_247_782_400, 10_905_605_120),
-        prune=PruneConfig(hidden_size=4096, intermediate_size=11520),
-        pruned=(8_414_105_600, 7_340_363_776),
-        derived_head_dim=(128, 8_414_105_600),
-        settings={"rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0}, "sliding_window": None},
+    "mistral": Published(  # Mistral-NeMo-12B
+        _sizes(
+            *(131072, 5120, 14336, 40, 32, 8),
+            head_dim=128,
+            max_position_embeddings=131072,
+            sliding_window=None,
+            rope_parameters=NEMO_ROPE,
+        ),
+        (12_247_782_400, 10_905_605_120),
+        (Pruned(PruneConfig(4096, 11520), (8_414_105_600, 7_340_363_776), (128, 8_414_105_600)),),
+        {"rope_parameters": NEMO_ROPE, "sliding_window": None},
     ),
+    "nemotron": Published(  # Nemotron-4-15B → Minitron-8B and Minitron-4B
+        _sizes(256000, 6144, 24576, 32, 48, 8, head_dim=128, rope_parameters=NEMOTRON_ROPE),
+        (15_628_775_424, 12_483_047_424),
+        (
+            Pruned(PruneConfig(4096, 16384), (8_271_699_968, 6_174_547_968), (85, 7_640_457_216)),
+            Pruned(PruneConfig(3072, 9216, 24), (4_190_509_056, 2_617_645_056), (128, 4_190_509_056)),
+        ),
+        {"rope_parameters": NEMOTRON_ROPE, "hidden_act": "relu2", "num_key_value_heads": 8},
+    ),
+    # Not pruned by the papers: Qwen2.5-7B, Qwen3-8B, Granite-3.3-8B, SmolLM3-3B, Phi-3-mini-4k, Gemma-2-2B, Gemma-3-1B
+    # and OLMo-2-7B; in all they have what their checkpoints on the Hub say they have.
+    "qwen2": Published(_sizes(152064, 3584, 18944, 28, 28, 4), (7_615_616_512, 6_525_621_760)),
+    "qwen3": Published(_sizes(151936, 4096, 12288, 36, 32, 8, head_dim=128), (8_190_735_360, 6_946_075_648)),
+    "granite": Published(
+        _sizes(49159, 4096, 12800, 40, 32, 8, tie_word_embeddings=True), (8_170_864_640, 7_969_509_376)
+    ),
+    "smollm3": Published(_sizes(128256, 2048, 11008, 36, 16, 4), (3_075_098_624, 2_812_430_336)),
+    "phi3": Published(_sizes(32064, 3072, 8192, 32, 32, 32), (3_821_079_552, 3_624_078_336)),
+    "gemma2": Published(_sizes(256000, 2304, 9216, 26, 8, 4, head_dim=256), (2_614_341_888, 2_024_517_888)),
+    "gemma3_text": Published(_sizes(262144, 1152, 6912, 26, 4, 1, head_dim=256), (999_885_952, 697_896_064)),
+    "olmo2": Published(_sizes(100352, 4096, 11008, 32, 32, 32), (7_298_617_344, 6_476_533_760)),
 }
+PRUNED = [
+    pytest.param(name, pruned, id=f"{name}-{pruned.parameters[0] / 1e9:.0f}B")
+    for name, published in PUBLISHED.items()
+    for pruned in published.pruned
+]
 DISTINCT = {  # a length of its own for every axis: q is 48, kv 16
     "vocab_size": 61,
     "hidden_size": 24,
@@ -81,8 +117,13 @@ DISTINCT = {  # a length of its own for every axis: q is 48, kv 16
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "head_dim": 8,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
 }
-LENGTHS = {"vocab": 61, "hidden": 24, "ffn": 40, "q": 48, "kv": 16}
+LENGTHS = {"vocab": 61, "hidden": 24, "ffn": 40, "q": 48, "kv": 16, "head_dim": 8}
+README = Path(__file__).resolve().parents[1] / "README.md"
 
 
 def test_every_family_has_a_published_model():
@@ -91,30 +132,35 @@ def test_every_family_has_a_published_model():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_parameters_of_published_models(name: str):
-    published = PUBLISHED[name]
-    config = _config(name, published.config)
-    assert _counts(config) == published.source
-    target = target_config(config, target_sizes(config, published.prune))
-    assert _counts(target) == published.pruned
-    assert {key: getattr(target, key) for key in published.settings} == published.settings
+    assert _counts(_config(name, PUBLISHED[name].config)) == PUBLISHED[name].parameters
 
 
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_head_dim_is_explicit_in_the_target(name: str):
-    published = PUBLISHED[name]
-    config = _config(name, published.config)
-    values = target_config(config, target_sizes(config, published.prune)).to_dict()
+@pytest.mark.parametrize(("name", "pruned"), PRUNED)
+def test_parameters_of_published_pruned_models(name: str, pruned: Pruned):
+    config, settings = _config(name, PUBLISHED[name].config), PUBLISHED[name].settings
+    target = target_config(config, target_sizes(config, pruned.prune))
+    assert _counts(target) == pruned.parameters
+    assert {key: getattr(target, key) for key in settings} == settings
+
+
+@pytest.mark.parametrize(("name", "pruned"), PRUNED)
+def test_head_dim_is_explicit_in_the_target(name: str, pruned: Pruned):
+    config = _config(name, PUBLISHED[name].config)
+    values = target_config(config, target_sizes(config, pruned.prune)).to_dict()
     assert values["head_dim"] == 128
     derived = _config(name, values | {"head_dim": None})
-    assert (get_head_dim(derived), _counts(derived)[0]) == published.derived_head_dim
+    assert (get_head_dim(derived), _counts(derived)[0]) == pruned.derived_head_dim
 
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_a_head_dim_that_was_derived_is_written_out(name: str):
-    config = _config(name, DISTINCT)
-    config.head_dim = None
+    """Also where the class has no such field; classes with a default of their own never derive it."""
+    config = CONFIG_MAPPING[name](**{key: value for key, value in DISTINCT.items() if key != "head_dim"})
+    default = getattr(CONFIG_MAPPING[name], "head_dim", None)
+    if default is None:
+        config.head_dim = None
     target = target_config(config, target_sizes(config, PruneConfig(hidden_size=12)))
-    assert target.head_dim == 24 // 6
+    assert target.to_dict()["head_dim"] == (24 // 6 if default is None else default)
 
 
 def test_parts_add_up():
@@ -139,7 +185,8 @@ def test_axes_are_as_long_as_the_tensor(name: str, biased: bool):
     tensors = build_empty(config).state_dict()
     for tensor_name, tensor in tensors.items():
         axes = FAMILIES[name].axes(tensor_name)
-        assert tuple(LENGTHS[axis] for axis in axes) == tuple(tensor.shape), tensor_name
+        lengths = tuple(sum(LENGTHS[part] for part in axis.split("+")) for axis in axes)
+        assert lengths == tuple(tensor.shape), tensor_name
     assert FAMILIES[name].embedding in tensors
     assert FAMILIES[name].head in tensors
 
@@ -151,7 +198,7 @@ def test_every_row_of_the_table_is_a_tensor_of_the_family(name: str):
     tensors = set(build_empty(_config(name, DISTINCT | {"attention_bias": True, "mlp_bias": True})).state_dict())
     written = {family.layer_name(0, inner) for inner in family.layer_tensors} | set(family.outer_tensors)
     assert written <= tensors
-    assert {axis for axes in family.layer_tensors.values() for axis in axes.split()} <= set(AXES)
+    assert set(" ".join(family.layer_tensors.values()).replace("+", " ").split()) <= set(AXES)
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -162,7 +209,7 @@ def test_sites_read_the_axis_they_rank(name: str):
     assert family.axes(family.layer_name(0, f"{family.head_site}.weight"))[-1] == "q"
     layer = build_empty(_config(name, DISTINCT)).get_submodule(family.layers)[0]
     norms = {n for n, module in layer.named_modules() if n.endswith("norm")}
-    assert set(family.norm_sites) == norms
+    assert set(family.norm_sites) == {n for n in norms if family.layer_tensors[f"{n}.weight"] == "hidden"}
     for site in (family.neuron_site, family.head_site, *family.norm_sites):
         assert isinstance(layer.get_submodule(site), torch.nn.Module)
 
@@ -186,6 +233,24 @@ def test_unsupported_family_lists_the_supported_and_the_way_to_add_one():
     assert all(name in message for name in FAMILIES)
     assert "architectures.py" in message
     assert "tests/test_architectures.py" in message
+
+
+def test_readme_shows_the_support_table(capsys, monkeypatch):
+    """``python -m hf_minitron.architectures`` prints it; paste what it prints."""
+    monkeypatch.delitem(sys.modules, "hf_minitron.architectures")
+    runpy.run_module("hf_minitron.architectures", run_name="__main__")
+    printed = capsys.readouterr().out
+    assert printed == support_table() + "\n"
+    assert f"<!-- support table -->\n{printed}<!-- end of support table -->" in README.read_text(encoding="utf-8")
+
+
+def test_the_support_table_says_what_the_rows_say():
+    rows = {line.split("`")[1]: line for line in support_table().splitlines() if line.startswith("| `")}
+    assert set(rows) == set(FAMILIES)
+    assert rows["olmo2"] == "| `olmo2` | yes | yes | no | no | yes | attention |"
+    assert rows["nemotron"] == "| `nemotron` | yes | yes | yes | yes | yes | attention, feed-forward, norms |"
+    assert rows["mistral"] == "| `mistral` | yes | yes | yes | yes | yes | none |"
+    assert "`olmo2` keeps its query heads and key/value groups: its q_norm and k_norm" in support_table()
 
 
 def test_head_dim_of_a_config_that_leaves_it_out():

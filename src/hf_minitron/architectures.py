@@ -8,16 +8,22 @@ dimensions; everything that trims, counts or scores follows from these words:
     q        rows of the query heads                    ``num_attention_heads * head_dim``
     kv       rows of the key/value heads                ``num_key_value_heads * head_dim``
     vocab    tokens; never trimmed                      ``vocab_size``
+    head_dim channels of one head; never trimmed        ``head_dim``
+
+Where a tensor holds several projections stacked, their axes are joined in its order: ``q+kv+kv``.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from transformers import PreTrainedConfig
 
-AXES = ("hidden", "ffn", "q", "kv", "vocab")
+AXES = ("hidden", "ffn", "q", "kv", "vocab", "head_dim")
+WHOLE_AXES = ("vocab", "head_dim")  # never trimmed
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,8 @@ class Family:
     """One model family of the Hugging Face library, as far as pruning has to know it.
 
     ``*_site`` are module names inside a decoder layer: neuron and head importance are read from the *input* of
-    ``neuron_site`` and ``head_site``, channel importance from the *outputs* of ``norm_sites``.
+    ``neuron_site`` and ``head_site``, channel importance from the *outputs* of ``norm_sites``. ``fixed`` names config
+    keys that cannot change in this family, and why.
     """
 
     model_type: str
@@ -37,6 +44,7 @@ class Family:
     neuron_site: str = "mlp.down_proj"
     head_site: str = "self_attn.o_proj"
     norm_sites: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
+    fixed: Mapping[str, str] = field(default_factory=dict)
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The axes of a tensor by its name in the state dict, such as ``("q", "hidden")``."""
@@ -59,37 +67,81 @@ class Family:
         return f"{self.layers}.{index}.{inner}"
 
 
-_DECODER = {
+_ATTENTION = {
     "self_attn.q_proj.weight": "q hidden",
     "self_attn.k_proj.weight": "kv hidden",
     "self_attn.v_proj.weight": "kv hidden",
     "self_attn.o_proj.weight": "hidden q",
-    "mlp.gate_proj.weight": "ffn hidden",
-    "mlp.up_proj.weight": "ffn hidden",
-    "mlp.down_proj.weight": "hidden ffn",
-    "input_layernorm.weight": "hidden",
-    "post_attention_layernorm.weight": "hidden",
 }
-_BIASES = {
-    "self_attn.q_proj.bias": "q",
-    "self_attn.k_proj.bias": "kv",
-    "self_attn.v_proj.bias": "kv",
-    "self_attn.o_proj.bias": "hidden",
-    "mlp.gate_proj.bias": "ffn",
-    "mlp.up_proj.bias": "ffn",
-    "mlp.down_proj.bias": "hidden",
-}
+_QKV_BIASES = {"self_attn.q_proj.bias": "q", "self_attn.k_proj.bias": "kv", "self_attn.v_proj.bias": "kv"}
+_ATTENTION_BIASES = _QKV_BIASES | {"self_attn.o_proj.bias": "hidden"}
+_FUSED_ATTENTION = {"self_attn.qkv_proj.weight": "q+kv+kv hidden", "self_attn.o_proj.weight": "hidden q"}
+_EACH_HEAD_NORMED = {"self_attn.q_norm.weight": "head_dim", "self_attn.k_norm.weight": "head_dim"}
+_ALL_HEADS_NORMED = {"self_attn.q_norm.weight": "q", "self_attn.k_norm.weight": "kv"}
+_NORM_SPANS_HEADS = (
+    "its q_norm and k_norm normalize over all heads together, so removing some would change the rest. Prune "
+    "hidden_size or intermediate_size instead"
+)
+_UNGATED = {"mlp.up_proj.weight": "ffn hidden", "mlp.down_proj.weight": "hidden ffn"}
+_UNGATED_BIASES = {"mlp.up_proj.bias": "ffn", "mlp.down_proj.bias": "hidden"}
+_GATED = {"mlp.gate_proj.weight": "ffn hidden"} | _UNGATED
+_GATED_BIASES = {"mlp.gate_proj.bias": "ffn"} | _UNGATED_BIASES
+_FUSED_GATED = {"mlp.gate_up_proj.weight": "ffn+ffn hidden", "mlp.down_proj.weight": "hidden ffn"}
+_READ_NORMS = ("input_layernorm", "post_attention_layernorm")
+_WRITE_NORMS = ("post_attention_layernorm", "post_feedforward_layernorm")
+_FOUR_NORMS = (
+    "input_layernorm",
+    "post_attention_layernorm",
+    "pre_feedforward_layernorm",
+    "post_feedforward_layernorm",
+)
 _OUTER = {
     "model.embed_tokens.weight": "vocab hidden",
     "model.norm.weight": "hidden",
     "lm_head.weight": "vocab hidden",
 }
 
+
+def _norms(names: tuple[str, ...], *parts: str) -> dict[str, str]:
+    return {f"{name}.{part}": "hidden" for name in names for part in parts or ("weight",)}
+
+
+_DECODER = _ATTENTION | _GATED | _norms(_READ_NORMS)
+
 FAMILIES = {
     family.model_type: family
     for family in (
-        Family("llama", _DECODER | _BIASES, _OUTER),
+        Family("llama", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER),
         Family("mistral", _DECODER, _OUTER),
+        Family("qwen2", _DECODER | _QKV_BIASES, _OUTER),
+        Family("qwen3", _DECODER | _EACH_HEAD_NORMED | _ATTENTION_BIASES, _OUTER),
+        Family("granite", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER),
+        Family("smollm3", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER),
+        Family("phi3", _FUSED_ATTENTION | _FUSED_GATED | _norms(_READ_NORMS), _OUTER),
+        Family(
+            "gemma2",
+            _ATTENTION | _ATTENTION_BIASES | _GATED | _norms(_FOUR_NORMS),
+            _OUTER,
+            norm_sites=_FOUR_NORMS,
+        ),
+        Family(
+            "gemma3_text",
+            _ATTENTION | _ATTENTION_BIASES | _EACH_HEAD_NORMED | _GATED | _norms(_FOUR_NORMS),
+            _OUTER,
+            norm_sites=_FOUR_NORMS,
+        ),
+        Family(
+            "olmo2",  # normalizes what attention and feed-forward write, not what they read
+            _ATTENTION | _ATTENTION_BIASES | _ALL_HEADS_NORMED | _GATED | _norms(_WRITE_NORMS),
+            _OUTER,
+            norm_sites=_WRITE_NORMS,
+            fixed={"num_attention_heads": _NORM_SPANS_HEADS, "num_key_value_heads": _NORM_SPANS_HEADS},
+        ),
+        Family(
+            "nemotron",  # Minitron's own: squared ReLU without gate, LayerNorm with bias
+            _ATTENTION | _ATTENTION_BIASES | _UNGATED | _UNGATED_BIASES | _norms(_READ_NORMS, "weight", "bias"),
+            _OUTER | {"model.norm.bias": "hidden"},
+        ),
     )
 }
 
@@ -109,3 +161,42 @@ def get_family(config: PreTrainedConfig) -> Family:
 def get_head_dim(config: PreTrainedConfig) -> int:
     """Width of one attention head, also where the config leaves it to be derived."""
     return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def support_table() -> str:
+    """The README's table of what every family supports, in Markdown: ``python -m hf_minitron.architectures``."""
+    lines = [f"| | {' | '.join(_PRUNABLE)} | tied embeddings | biases |", "|---" * (len(_PRUNABLE) + 3) + "|"]
+    notes = {}
+    for name, family in FAMILIES.items():
+        cells = []
+        for size, key in _PRUNABLE.items():
+            cells.append("no" if key in family.fixed else "yes")
+            if key in family.fixed:
+                notes.setdefault((name, family.fixed[key]), []).append(size)
+        tied = "yes" if family.axes(family.head) == family.axes(family.embedding) else "no"
+        lines.append(f"| {' | '.join([f'`{name}`', *cells, tied, _biased_parts(family)])} |")
+    kept = [f"`{name}` keeps its {' and '.join(sizes)}: {reason}." for (name, reason), sizes in notes.items()]
+    return "\n".join([*lines, *(f"\n{note}" for note in kept)])
+
+
+_PRUNABLE = {
+    "hidden size": "hidden_size",
+    "feed-forward neurons": "intermediate_size",
+    "query heads": "num_attention_heads",
+    "key/value groups": "num_key_value_heads",
+}
+
+
+def _biased_parts(family: Family) -> str:
+    """Where a model of the family may have biases, of which all are trimmed."""
+    biased = [name for name in family.layer_tensors if name.endswith(".bias")]
+    parts = {
+        "attention": any(name.startswith("self_attn.") for name in biased),
+        "feed-forward": any(name.startswith("mlp.") for name in biased),
+        "norms": any(name.startswith(site) for name in biased for site in family.norm_sites),
+    }
+    return ", ".join(part for part, has_bias in parts.items() if has_bias) or "none"
+
+
+if __name__ == "__main__":
+    sys.stdout.write(support_table() + "\n")

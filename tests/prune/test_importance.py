@@ -239,23 +239,28 @@ def test_settings_are_checked_before_the_forward_pass(build_model, rows):
 # Planted rankings
 
 
-def test_planted_neurons_are_recovered(build_model, rows, family_name):
+def test_planted_neurons_are_recovered(build_model, rows, family_name, projections):
     """Neurons that are equal but for the size of their row in up_proj."""
     model = build_model(family_name)
     planted = [_shuffled(40, seed=index) for index in range(3)]
-    for layer, order in zip(model.model.layers, planted, strict=True):
-        layer.mlp.gate_proj.weight.data[:] = layer.mlp.gate_proj.weight.data[0]
-        layer.mlp.up_proj.weight.data[:] = layer.mlp.up_proj.weight.data[0] * (1 + 0.1 * order.argsort())[:, None]
+    for index, order in enumerate(planted):
+        *gate, up = projections(model, index, "ffn")
+        for rows_of in (*gate, up):
+            rows_of["weight"][:] = rows_of["weight"][0].clone()
+        up["weight"] *= (1 + 0.1 * order.argsort())[:, None]
     scores = _score(model, rows)
     assert [row.argsort().tolist() for row in scores.neurons] == [order.tolist() for order in planted]
 
 
-def test_planted_heads_are_recovered(build_model, rows, family_name):
+def test_planted_heads_are_recovered(build_model, rows, family_name, projections):
     """Heads that differ in the size of their values; without grouping each has its own."""
     model = build_model(family_name, num_key_value_heads=6)
     planted = [_shuffled(6, seed=index) for index in range(3)]
-    for layer, order in zip(model.model.layers, planted, strict=True):
-        layer.self_attn.v_proj.weight.data *= (10.0 ** order.argsort()).repeat_interleave(8)[:, None]
+    for index, order in enumerate(planted):
+        _, values = projections(model, index, "kv")
+        factors = (10.0 ** order.argsort()).repeat_interleave(8)
+        for part in values.values():
+            part *= factors.view(-1, *[1] * (part.dim() - 1))
     scores = _score(model, rows)
     assert [row.argsort().tolist() for row in scores.heads] == [order.tolist() for order in planted]
 
@@ -271,15 +276,21 @@ def test_planted_query_heads_of_a_group_are_recovered(build_model, rows, family_
     assert [row.argsort().tolist() for row in scores.heads] == [order.tolist() for order in planted]
 
 
-def test_planted_channels_are_recovered(build_model, rows, family_name):
-    """A stream of ±1 in every channel: importance is then the sum of the norms' gains, which are planted."""
+def test_planted_channels_are_recovered(build_model, rows, family_name, set_gain):
+    """A stream of ±1 in every channel: importance is then the sum of the norms' gains, which are planted.
+
+    What the layers write is ±1 in every channel too, times something, for the norms on that side; and it is far too
+    small to be seen beside the embeddings.
+    """
     model = build_model(family_name)
     order = _shuffled(24, seed=0)
-    _stop_writing(model)
-    model.model.embed_tokens.weight.data.sign_()
+    embedding = model.model.embed_tokens.weight.data
+    embedding[:] = 1e5 * _balanced_signs(embedding)
+    _write_signs(model)
     for index, layer in enumerate(model.model.layers):
-        layer.input_layernorm.weight.data = 1 + 0.1 * order.argsort() + index
-        layer.post_attention_layernorm.weight.data = -(1 + 0.1 * order.argsort())
+        for turn, site in enumerate(get_family(model.config).norm_sites):
+            gain = 1 + 0.1 * order.argsort()
+            set_gain(layer.get_submodule(site), -gain if turn else gain + index)
     assert _score(model, rows).hidden.argsort().tolist() == order.tolist()
 
 
@@ -358,11 +369,17 @@ def _shuffled(count: int, seed: int) -> torch.Tensor:
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
-def _stop_writing(model: PreTrainedModel) -> None:
-    """Layers leave the residual stream as it is."""
+def _balanced_signs(tensor: torch.Tensor) -> torch.Tensor:
+    """±1 by row, as many of each: a layer norm, which subtracts the mean, leaves them as they are."""
+    return torch.where(tensor > tensor.median(dim=-1, keepdim=True).values, 1.0, -1.0)
+
+
+def _write_signs(model: PreTrainedModel) -> None:
+    """Layers write one and the same pattern of ±1, times what they compute."""
+    pattern = _balanced_signs(torch.randn(24, generator=torch.Generator().manual_seed(2)))
     for layer in model.model.layers:
-        torch.nn.init.zeros_(layer.self_attn.o_proj.weight)
-        torch.nn.init.zeros_(layer.mlp.down_proj.weight)
+        for projection in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            projection.weight.data = pattern[:, None] * projection.weight.data[0]
 
 
 def _hooks(model: PreTrainedModel) -> list:

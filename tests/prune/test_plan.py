@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig
+from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig, Phi3Config
 
+from hf_minitron.architectures import FAMILIES
 from hf_minitron.prune.importance import ImportanceScores, Moments
 from hf_minitron.prune.plan import (
     SIZES,
@@ -255,6 +257,46 @@ def test_hidden_sizes_that_the_config_class_refuses():
         target_config(CONFIG, target_sizes(CONFIG, prune))
     config = MistralConfig(**SETTINGS)
     assert target_config(config, target_sizes(config, prune)).hidden_size == 14
+
+
+def test_rotary_factors_that_the_config_class_counts_by_the_hidden_size():
+    """Phi-3 with long rope wants as many factors as hidden_size / num_attention_heads / 2, whatever head_dim says."""
+    factors = [1.0, 2.0]
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": factors, "long_factor": factors}
+    sizes = SETTINGS | {"head_dim": 4, "num_key_value_heads": 6, "pad_token_id": None}
+    config = Phi3Config(**sizes, rope_parameters=rope | {"original_max_position_embeddings": 4096, "factor": 2.0})
+    for prune in (PruneConfig(hidden_size=12), PruneConfig(num_attention_heads=3)):
+        with pytest.raises(ValueError, match=r"Phi3Config cannot .*short_factor.*source's 4 channels per head"):
+            target_config(config, target_sizes(config, prune))
+    for prune in (PruneConfig(intermediate_size=16), PruneConfig(hidden_size=12, num_attention_heads=3)):
+        assert target_config(config, target_sizes(config, prune)).head_dim == 4
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "reason"),
+    [(name, key, reason) for name, family in FAMILIES.items() for key, reason in family.fixed.items()],
+)
+def test_what_a_family_cannot_drop_is_refused_with_the_reason(name: str, key: str, reason: str):
+    config = CONFIG_MAPPING[name](**SETTINGS | {"num_key_value_heads": 6, "pad_token_id": None})
+    assert reason.rstrip(".") and len(reason) > 40
+    with pytest.raises(ValueError, match=rf"=3: {name} keeps its 6, for {re.escape(reason)}\.$"):
+        target_sizes(config, PruneConfig(**{key: 3}))
+    assert target_sizes(config, PruneConfig(hidden_size=12, intermediate_size=16, **{key: 6}))["hidden_size"] == 12
+
+
+def test_norms_over_all_heads_are_named():
+    """OLMo 2 cannot lose heads exactly; were the row to forget it, the models would be wrong without a word."""
+    assert set(FAMILIES["olmo2"].fixed) == {"num_attention_heads", "num_key_value_heads"}
+
+
+def test_what_a_family_has_beyond_sizes_stays(build_config, half_of, family_name):
+    """Windows, layer types, layers without rotary embedding, factors and caps of every family."""
+    config = build_config(family_name)
+    prune = half_of(config)
+    before, after = config.to_dict(), target_config(config, target_sizes(config, prune)).to_dict()
+    changed = {key for key in before.keys() | after.keys() if before.get(key) != after.get(key)}
+    assert changed == {key for key in SIZES if getattr(prune, key) is not None}
+    assert after["head_dim"] == 8
 
 
 def test_everything_else_in_the_config_stays():

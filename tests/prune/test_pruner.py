@@ -30,12 +30,12 @@ RANDOM = dataclasses.replace(HALF, method="random")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_saving_and_loading_gives_what_prune_returned(source, rows, logits, save_model, tmp_path, dtype):
+def test_saving_and_loading_gives_what_prune_returned(source, rows, logits, half_of, save_model, tmp_path, dtype):
     for parameter in source.parameters():
         parameter.data = parameter.data.to(dtype)
     pruner = PrunerForCausalLM.from_pretrained(save_model(source))
     pruner.score(rows, progress=False)
-    pruned = pruner.prune(HALF)
+    pruned = pruner.prune(half_of(source.config))
     loaded = AutoModelForCausalLM.from_pretrained(pruner.save_pretrained(tmp_path / "pruned"))
     assert type(loaded) is type(pruned) is type(source)
     assert loaded.dtype == pruned.dtype == dtype
@@ -59,11 +59,11 @@ def test_keeping_everything_gives_the_source_back(source, logits, save_model, tm
     assert torch.equal(logits(loaded), logits(AutoModelForCausalLM.from_pretrained(folder)))
 
 
-def test_a_model_in_memory_and_its_checkpoint_prune_alike(source, rows, logits, save_model, tmp_path):
+def test_a_model_in_memory_and_its_checkpoint_prune_alike(source, rows, logits, half_of, save_model, tmp_path):
     pruned = []
     for pruner in (PrunerForCausalLM(source), PrunerForCausalLM.from_pretrained(save_model(source))):
         pruner.score(rows, progress=False)
-        pruned.append(pruner.prune(HALF))
+        pruned.append(pruner.prune(half_of(source.config)))
         folder = pruner.save_pretrained(tmp_path / f"pruned-{len(pruned)}")
         assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(folder)), logits(pruned[-1]))
     assert torch.equal(logits(pruned[0]), logits(pruned[1]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -36,8 +37,9 @@ def test_neurons_that_write_nothing_can_go(source, logits):
     _assert_same(logits(_prune(source, plan)), logits(source))
 
 
-def test_heads_that_write_nothing_can_go(source, logits):
+def test_heads_that_write_nothing_can_go(source_of_heads, logits):
     """Query heads whose columns of o_proj are zero, as many in each group."""
+    source = source_of_heads
     groups = source.config.num_key_value_heads
     if groups == source.config.num_attention_heads:
         kept = _random_subsets(6, 4)
@@ -49,8 +51,8 @@ def test_heads_that_write_nothing_can_go(source, logits):
     _assert_same(logits(_prune(source, plan)), logits(source))
 
 
-def test_whole_groups_that_write_nothing_can_go(build_model, family_name, logits):
-    model = build_model(family_name)
+def test_whole_groups_that_write_nothing_can_go(build_model, family_of_heads, logits):
+    model = build_model(family_of_heads)
     plan = _plan(model, kept_heads=[[3, 4, 5], [0, 1, 2], [3, 4, 5]], kept_key_value_heads=[[1], [0], [1]])
     for layer, kept in zip(model.model.layers, plan.kept_heads, strict=True):
         layer.self_attn.o_proj.weight.data[:, _head_rows(_others(6, kept))] = 0
@@ -63,11 +65,11 @@ def test_dropping_what_does_write_is_seen(source, logits):
     assert (logits(pruned) - logits(source)).abs().max() > 0.01
 
 
-def test_the_order_of_channels_neurons_and_heads_does_not_matter(source, logits, rows):
+def test_the_order_of_channels_neurons_and_heads_does_not_matter(source, logits, rows, half_of):
     """A source whose channels, neurons, groups and heads are shuffled is the same model and prunes to the same."""
     shuffled, order = _shuffle(source)
     torch.testing.assert_close(logits(shuffled), logits(source), rtol=1e-5, atol=1e-5)
-    sizes = PruneConfig(hidden_size=12, intermediate_size=16, num_attention_heads=4)
+    sizes = half_of(source.config)
     plans = []
     for model in (source, shuffled):
         plans.append(make_plan(model.config, sizes, score_model(model, rows, progress=False)))
@@ -78,9 +80,9 @@ def test_the_order_of_channels_neurons_and_heads_does_not_matter(source, logits,
     torch.testing.assert_close(logits(pruned[1]), logits(pruned[0]), rtol=1e-5, atol=1e-5)
 
 
-def test_kept_weights_are_the_rows_and_columns_of_the_source(source, rows):
+def test_kept_weights_are_the_rows_and_columns_of_the_source(source, rows, half_of):
     """Spelled out tensor by tensor, without the table."""
-    sizes = PruneConfig(hidden_size=12, intermediate_size=16, num_attention_heads=4)
+    sizes = half_of(source.config)
     plan = make_plan(source.config, sizes, score_model(source, rows, progress=False))
     before, after = source.state_dict(), _prune(source, plan).state_dict()
     hidden = torch.tensor(plan.kept_hidden)
@@ -97,6 +99,7 @@ def test_kept_weights_are_the_rows_and_columns_of_the_source(source, rows):
     check("model.embed_tokens.weight", None, hidden)
     check("lm_head.weight", None, hidden)
     check("model.norm.weight", hidden)
+    check("model.norm.bias", hidden)
     for index in range(3):
         neurons = torch.tensor(plan.kept_neurons[index])
         q, kv = _head_rows(plan.kept_heads[index]), _head_rows(plan.kept_key_value_heads[index])
@@ -111,21 +114,31 @@ def test_kept_weights_are_the_rows_and_columns_of_the_source(source, rows):
         ):
             check(f"model.layers.{index}.{part}.weight", out, into)
             check(f"model.layers.{index}.{part}.bias", out)
-        check(f"model.layers.{index}.input_layernorm.weight", hidden)
-        check(f"model.layers.{index}.post_attention_layernorm.weight", hidden)
+        q_end = 6 * HEAD_DIM
+        kv_end = q_end + source.config.num_key_value_heads * HEAD_DIM
+        check(f"model.layers.{index}.self_attn.qkv_proj.weight", torch.cat([q, q_end + kv, kv_end + kv]), hidden)
+        check(f"model.layers.{index}.mlp.gate_up_proj.weight", torch.cat([neurons, 40 + neurons]), hidden)
+        for part, kept in (("q_norm", q), ("k_norm", kv)):
+            name = f"model.layers.{index}.self_attn.{part}.weight"
+            check(name, None if name in before and len(before[name]) == HEAD_DIM else kept)  # of each head, or of all
+        for part in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
+            check(f"model.layers.{index}.{part}_layernorm.weight", hidden)
+            check(f"model.layers.{index}.{part}_layernorm.bias", hidden)
     assert not unseen
     assert _prune(source, plan).config.head_dim == HEAD_DIM
 
 
-def test_query_heads_still_face_their_own_keys_and_values(build_model, family_name):
+def test_query_heads_still_face_their_own_keys_and_values(build_model, family_of_heads, projections):
     """Each kept query head is paired, by its place in the target, with the group it had in the source."""
-    model = build_model(family_name, num_attention_heads=12, num_key_value_heads=4)
+    model = build_model(family_of_heads, num_attention_heads=12, num_key_value_heads=4)
     plan = make_plan(model.config, PruneConfig(num_attention_heads=4, num_key_value_heads=2, method="random", seed=2))
     pruned = _prune(model, plan)
     seen = set()
-    for layer, small in zip(model.model.layers, pruned.model.layers, strict=True):
-        q, k, v = (_by_head(getattr(layer.self_attn, f"{part}_proj").weight) for part in "qkv")
-        small_q, small_k, small_v = (_by_head(getattr(small.self_attn, f"{part}_proj").weight) for part in "qkv")
+    for layer in range(3):
+        (q, k, v), (small_q, small_k, small_v) = (
+            [_by_head(part["weight"]) for axis in ("q", "kv") for part in projections(each, layer, axis)]
+            for each in (model, pruned)
+        )
         for place, query in enumerate(small_q):
             (head,) = (index for index, rows in enumerate(q) if torch.equal(rows, query))
             group = head // 3
@@ -211,6 +224,10 @@ def test_kept_indices_of_every_axis(build_model):
     assert kept_indices(plan, "ffn", 1, 2).tolist() == [0, 2]
     assert kept_indices(plan, "q", 1, 2).tolist() == [4, 5, 10, 11]
     assert kept_indices(plan, "kv", 1, 2).tolist() == [0, 1, 2, 3]
+    assert kept_indices(plan, "head_dim", 1, 2) is None
+    assert kept_indices(plan, "ffn+ffn", 1, 2).tolist() == [0, 2, 40, 42]
+    stacked = [4, 5, 10, 11, 12, 13, 14, 15, 16, 17, 18, 19]  # 6 query heads, 2 for keys, 2 for values, of 2 rows each
+    assert kept_indices(plan, "q+kv+kv", 1, 2).tolist() == stacked
 
 
 def test_select():
@@ -286,6 +303,10 @@ def _shuffle(model: PreTrainedModel) -> tuple[PreTrainedModel, dict]:
     order = {"hidden": randperm(24), "neurons": [randperm(40) for _ in range(3)], "heads": heads}
 
     def indices(axis: str, layer: int | None) -> torch.Tensor:
+        if "+" in axis:
+            parts = [indices(part, layer) for part in axis.split("+")]
+            begins = [0, *itertools.accumulate(len(part) for part in parts)]
+            return torch.cat([part + begin for part, begin in zip(parts, begins, strict=False)])
         if axis == "q":
             return _head_rows(heads[layer])
         if axis == "kv":
@@ -297,11 +318,11 @@ def _shuffle(model: PreTrainedModel) -> tuple[PreTrainedModel, dict]:
         for name, parameter in shuffled.named_parameters():
             layer, _ = family.split_layer(name)
             for dim, axis in enumerate(family.axes(name)):
-                if axis != "vocab":
+                if axis not in ("vocab", "head_dim"):
                     parameter.copy_(parameter.index_select(dim, indices(axis, layer)))
     return shuffled, order
 
 
-def test_target_sizes_and_plan_agree(source):
-    prune = PruneConfig(hidden_size=12, num_attention_heads=4, method="random")
+def test_target_sizes_and_plan_agree(source, half_of):
+    prune = half_of(source.config, method="random")
     assert make_plan(source.config, prune).sizes == target_sizes(source.config, prune)

@@ -137,8 +137,7 @@ def source_sizes(config: PreTrainedConfig) -> dict[str, int]:
 
 def target_sizes(config: PreTrainedConfig, prune: PruneConfig) -> dict[str, int]:
     """The sizes after pruning, checked one by one against the source; no weights needed."""
-    get_family(config)
-    source = source_sizes(config)
+    family, source = get_family(config), source_sizes(config)
     wanted = {key: getattr(prune, key) for key in SIZES}
     for key, size in wanted.items():
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= source[key]):
@@ -159,6 +158,9 @@ def target_sizes(config: PreTrainedConfig, prune: PruneConfig) -> dict[str, int]
             "key/value heads in "
             f"equal groups of at most the source's {heads_per_group}. Use one of {allowed}."
         )
+    for key, reason in family.fixed.items():
+        if sizes[key] != source[key]:
+            raise ValueError(f"{key}={sizes[key]}: {family.model_type} keeps its {source[key]}, for {reason}.")
     return sizes
 
 
@@ -175,7 +177,7 @@ def target_config(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrained
         reason = str(error).strip().splitlines()[-1].strip()
         raise ValueError(
             f"{type(config).__name__} cannot represent {', '.join(f'{k}={v}' for k, v in sizes.items())}: {reason} "
-            f"{_nearest_hidden_sizes(config, sizes)}"
+            f"{_nearest_hidden_sizes(config, values)}"
         ) from None
 
 
@@ -272,9 +274,20 @@ def _score_info(scores: ImportanceScores | None) -> dict[str, Any]:
     return {} if scores is None else {"aggregation": list(scores.aggregation), **scores.info}
 
 
-def _nearest_hidden_sizes(config: PreTrainedConfig, sizes: dict[str, int]) -> str:
-    hidden, heads = sizes["hidden_size"], sizes["num_attention_heads"]
-    near = [
-        size for size in (hidden // heads * heads, (hidden // heads + 1) * heads) if 1 <= size <= config.hidden_size
-    ]
-    return f"Near hidden sizes that are multiples of {heads} heads: {', '.join(map(str, near))}."
+def _nearest_hidden_sizes(config: PreTrainedConfig, values: dict[str, Any]) -> str:
+    """The remedy for a config class that refuses: hidden sizes beside the one wanted that it was tried on and takes."""
+    hidden, heads = values["hidden_size"], values["num_attention_heads"]
+    near = (hidden // heads * heads, (hidden // heads + 1) * heads)
+    if fitting := [size for size in near if size <= config.hidden_size and _accepts(config, size, values)]:
+        return f"Near hidden sizes that are multiples of {heads} heads: {', '.join(map(str, fitting))}."
+    ratio = config.hidden_size // config.num_attention_heads
+    return (
+        f"Keep the source's {ratio} channels per head: change hidden_size and num_attention_heads together, or neither."
+    )
+
+
+def _accepts(config: PreTrainedConfig, hidden_size: int, values: dict[str, Any]) -> bool:
+    try:
+        return bool(hidden_size) and type(config).from_dict(values | {"hidden_size": hidden_size}) is not None
+    except StrictDataclassError:
+        return False

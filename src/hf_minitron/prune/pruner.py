@@ -59,7 +59,7 @@ logger = logging.getLogger(__name__)
 
 
 class PrunerForCausalLM:
-    """Prunes a Llama- or Mistral-like model by width, the Minitron way (P1 arXiv 2407.14679, P2 arXiv 2408.11796).
+    """Prunes a model of a supported family by width, the Minitron way (P1 arXiv 2407.14679, P2 arXiv 2408.11796).
 
     Opening reads headers only. The model itself is loaded when it is scored; trimming reads one tensor at a time::
 

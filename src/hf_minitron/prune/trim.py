@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from transformers import PreTrainedConfig
 
-from hf_minitron.architectures import get_family, get_head_dim
+from hf_minitron.architectures import WHOLE_AXES, get_family, get_head_dim
 from hf_minitron.checkpoint import TensorSource, check_finite
 from hf_minitron.prune.plan import PrunePlan, build_empty, target_config
 
@@ -96,15 +96,30 @@ class Trimmer:
 
 
 def kept_indices(plan: PrunePlan, axis: str, layer: int | None, head_dim: int) -> torch.Tensor | None:
-    """Source indices kept along one axis of a tensor, or None where all are kept (``vocab``)."""
-    if axis == "vocab":
+    """Source indices kept along one axis of a tensor, or None where all are kept (``vocab``, ``head_dim``).
+
+    Along an axis of stacked projections (``q+kv+kv``) these are the indices of each, shifted to where it begins.
+    """
+    if axis in WHOLE_AXES:
         return None
+    parts, begin = [], 0
+    for part in axis.split("+"):
+        kept, length = _kept_of_one(plan, part, layer, head_dim)
+        parts.append(kept + begin)
+        begin += length
+    return torch.cat(parts)
+
+
+def _kept_of_one(plan: PrunePlan, axis: str, layer: int | None, head_dim: int) -> tuple[torch.Tensor, int]:
+    """Kept indices along one simple axis, and its length in the source."""
     if axis == "hidden":
-        return torch.tensor(plan.kept_hidden)
+        return torch.tensor(plan.kept_hidden), plan.source_sizes["hidden_size"]
     if axis == "ffn":
-        return torch.tensor(plan.kept_neurons[layer])
-    heads = plan.kept_heads[layer] if axis == "q" else plan.kept_key_value_heads[layer]
-    return (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+        return torch.tensor(plan.kept_neurons[layer]), plan.source_sizes["intermediate_size"]
+    queries = axis == "q"
+    heads = plan.kept_heads[layer] if queries else plan.kept_key_value_heads[layer]
+    rows = (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
+    return rows, plan.source_sizes["num_attention_heads" if queries else "num_key_value_heads"] * head_dim
 
 
 def select(tensor: torch.Tensor, dim: int, indices: torch.Tensor | None) -> torch.Tensor:
