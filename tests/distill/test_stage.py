@@ -89,6 +89,15 @@ def test_an_interrupted_run_goes_on_where_it_stopped(tmp_path, arguments):
     assert first == second
 
 
+def test_training_rows_follow_the_seed_and_held_out_rows_do_not(tmp_path, arguments):
+    facts = []
+    for seed in (3, 4):
+        distill_checkpoint(arguments(max_eval_rows=8), settings(tmp_path / str(seed), seed=seed))
+        facts.append(json.loads((tmp_path / str(seed) / "minitron.json").read_text())["stages"][-1]["data"])
+    assert facts[0]["train"]["fingerprint"] != facts[1]["train"]["fingerprint"]
+    assert facts[0]["held_out"] == facts[1]["held_out"]
+
+
 def test_a_folder_with_other_files_is_refused_or_replaced(tmp_path, arguments):
     output = tmp_path / "student"
     output.mkdir()

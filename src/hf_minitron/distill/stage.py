@@ -227,31 +227,34 @@ class _Rows:
 
 
 def _read_rows(
-    source: str, how: dict[str, Any], tokenizer: PreTrainedTokenizerBase, length: int, most: int | None
+    source: str, how: dict[str, Any], tokenizer: PreTrainedTokenizerBase, length: int, most: int | None, seed: int
 ) -> _Rows:
-    rows = pack_rows(load_text(source, **how), tokenizer, length, max_rows=most)
+    rows = pack_rows(load_text(source, **how), tokenizer, length, max_rows=most, seed=seed)
     return _Rows(rows, describe_source(source, **how) | {"fingerprint": fingerprint_rows(rows)})
 
 
 def _train_rows(
     arguments: DistillArguments, config: DistillationConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> _Rows:
-    """No more rows than the run's steps can read, so that a stream of any size is only read as far as needed."""
+    """Rows at random, no more than the run's steps can use, so that a stream is only read as far as needed."""
     most = arguments.max_train_rows
     if config.max_steps > 0:
         rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
         most = min(most or sys.maxsize, config.max_steps * rows_per_step)
     how = {"config_name": arguments.dataset_config, "split": arguments.dataset_split}
-    return _read_rows(arguments.dataset, how | {"text_column": arguments.text_column}, tokenizer, max_length, most)
+    how["text_column"] = arguments.text_column
+    seed = config.seed if config.data_seed is None else config.data_seed
+    return _read_rows(arguments.dataset, how, tokenizer, max_length, most, seed)
 
 
 def _held_out_rows(arguments: DistillArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Rows | None:
+    """Rows at random, but the same ones whatever the run's seed."""
     if arguments.eval_dataset is None:
         return None
     same = arguments.eval_dataset == arguments.dataset
     how = {"split": _eval_split(arguments), "text_column": arguments.text_column}
     how["config_name"] = arguments.dataset_config if same else None
-    return _read_rows(arguments.eval_dataset, how, tokenizer, max_length, arguments.max_eval_rows)
+    return _read_rows(arguments.eval_dataset, how, tokenizer, max_length, arguments.max_eval_rows, seed=0)
 
 
 def _eval_split(arguments: DistillArguments) -> str:
