@@ -51,7 +51,7 @@ MARKER = "quickstart.json"  # stands in a folder that this script made and may t
 
 @dataclass(frozen=True)
 class Scale:
-    """How much is read: ``calibration_rows`` and ``eval_rows`` in rows, ``eval_tokens`` in tokens (None: all there are)."""
+    """How much is read: ``calibration_rows`` and ``eval_rows`` in rows, ``eval_tokens`` in tokens (None: all)."""
 
     calibration_rows: int = 256
     steps: int = 150
