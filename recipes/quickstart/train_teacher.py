@@ -250,9 +250,10 @@ Architecture: 8 layers, hidden size 256, feed-forward 576, 8 query and 4 key/val
 BPE of 3,072 tokens, untied head, bf16.
 
 Data: the source of the Python standard library (PSF licence) as installed with the Python named above, without
-`encodings` and `pydoc_data`: modules twice per epoch, their tests once. Modules whose name hashes into the held-out
-8 % were never seen (`stdlib_corpus.py`); they are measured in windows of 512 tokens with a stride of 256. Training by next-token cross-entropy with Muon and AdamW, constant learning
-rate with linear decay over the last 70 % of the steps.
+`encodings` and `pydoc_data`: modules twice per epoch, their tests once.
+Modules whose name hashes into the held-out 8 % were never seen (`stdlib_corpus.py`); they are measured in windows of
+512 tokens with a stride of 256. Training by next-token cross-entropy with Muon and AdamW, constant learning rate with
+linear decay over the last 70 % of the steps.
 
 Made by `python recipes/quickstart/train_teacher.py {command}`.
 
