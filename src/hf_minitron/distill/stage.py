@@ -16,7 +16,7 @@ import torch
 from accelerate import PartialState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_minitron.checkpoint import Checkpoint, check_finite, check_output_dir, copy_companions, write_tensors
 from hf_minitron.data import describe_source, fingerprint_rows, load_text, pack_rows
@@ -158,7 +158,7 @@ def _write_in_dtype_of(source: Checkpoint, trained: Checkpoint, folder: Path) ->
 def _find_resume(arguments: DistillArguments, config: DistillationConfig) -> str | None:
     """The checkpoint to go on from, if that was asked for; refuses a folder whose content would be lost or mixed up."""
     output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
-    last = get_last_checkpoint(output_dir) if output_dir.is_dir() else None
+    last = _last_whole_checkpoint(output_dir)
     if resume is not None and str(resume).lower() in ("true", "last"):
         if last is None:
             raise FileNotFoundError(
@@ -174,6 +174,12 @@ def _find_resume(arguments: DistillArguments, config: DistillationConfig) -> str
     if resume is None:
         check_output_dir(output_dir, arguments.overwrite)
     return resume
+
+
+def _last_whole_checkpoint(output_dir: Path) -> str | None:
+    """The newest ``checkpoint-*`` whose writing was not cut off: the Trainer writes its own state last."""
+    whole = [path for path in output_dir.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
+    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
 
 
 def _empty(output_dir: Path) -> None:
