@@ -146,8 +146,7 @@ def report_prune(report: Any, model: Any, calibration: Any, prune: Any, output: 
     table = report_plan(report, model, prune).split("\n\nNext:")[0]
     return (
         f"{table}\n\nWrote {output.output_dir}\nNext: hf-minitron distill {output.output_dir} --teacher-model "
-        f"{model.model} "
-        f"--dataset DATA --output-dir DIR"
+        f"{model.model} --dataset DATA --output-dir DIR"
     )
 
 

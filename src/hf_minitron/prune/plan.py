@@ -155,8 +155,7 @@ def target_sizes(config: PreTrainedConfig, prune: PruneConfig) -> dict[str, int]
         allowed = ", ".join(str(groups * n) for n in range(1, heads_per_group + 1))
         raise ValueError(
             f"num_attention_heads={heads} does not fit num_key_value_heads={groups}: query heads share "
-            "key/value heads in "
-            f"equal groups of at most the source's {heads_per_group}. Use one of {allowed}."
+            f"key/value heads in equal groups of at most the source's {heads_per_group}. Use one of {allowed}."
         )
     for key, reason in family.fixed.items():
         if sizes[key] != source[key]:

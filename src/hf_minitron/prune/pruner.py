@@ -182,9 +182,8 @@ class PrunerForCausalLM:
     def prune(self, config: PruneConfig | PrunePlan) -> PreTrainedModel:
         """The pruned model: an ordinary one of the source's class, in the source's dtype, on the CPU."""
         trimmer = self._trim_by(config)
-        state = {
-            name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trimmer
-        }  # shares nothing
+        # Clones: training the result must not change a source that is in memory.
+        state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trimmer}
         model_class = AutoModelForCausalLM._model_mapping[type(trimmer.config)]
         dtype = state[trimmer.family.embedding].dtype
         model = model_class.from_pretrained(None, config=trimmer.config, state_dict=state, dtype=dtype)
@@ -197,8 +196,7 @@ class PrunerForCausalLM:
         """Writes the checkpoint that the last ``prune`` or ``set_plan`` describes, tensor by tensor.
 
         Beside weights and config go tokenizer, generation config, ``prune_plan.json`` (the kept indices) and the
-        lineage. The folder appears only when it is whole; a folder that is not empty is
-        refused unless ``overwrite``.
+        lineage. The folder appears only when it is whole; one that is not empty is refused unless ``overwrite``.
         """
         if self._plan is None:
             raise ValueError(
@@ -303,8 +301,7 @@ def _as_rows(calibration: Any, vocab_size: int) -> list[list[int]]:
     ]:
         raise TypeError(
             f"a calibration row is {str(wrong[0])[:40]!r}: each must be a list of token ids. Give text as a "
-            "file, folder, "
-            f"Hub id or a data set with a text column."
+            "file, folder, Hub id or a data set with a text column."
         )
     lengths = {len(row) for row in rows}
     if not rows or lengths == {0}:
