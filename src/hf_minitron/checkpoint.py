@@ -20,7 +20,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
-COMPANIONS = (  # travel unchanged from a source checkpoint to what is made from it
+PLAN_FILE = "prune_plan.json"  # the kept indices; cards of all later stages link them
+COMPANIONS = (
+    PLAN_FILE,  # travel unchanged from a source checkpoint to what is made from it
     "generation_config.json",
     "tokenizer.json",
     "tokenizer.model",
@@ -301,7 +303,7 @@ def write_tensors(
 
 
 def copy_companions(source: Path, target: Path) -> None:
-    """Copies tokenizer, chat template and generation config, as far as the source has them."""
+    """Copies tokenizer, chat template, generation config and kept indices, as far as the source has them."""
     for name in COMPANIONS:
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)

@@ -29,7 +29,6 @@ LOG_FILE = "distill_log.json"
 MAX_LENGTH = 4096  # tokens per packed row, where the model allows more
 _TOLD_ELSEWHERE = {"student_model", "teacher_model", "dataset", "eval_dataset", "output_dir", "logging_dir", "run_name"}
 _TOLD_ELSEWHERE |= {"overwrite", "resume_from_checkpoint", "disable_tqdm", "report_to"}  # nothing about the result
-PLAN_FILE = "prune_plan.json"  # travels along: cards of the distilled model link the kept indices
 
 
 @dataclass
@@ -134,8 +133,6 @@ def save_student(trainer: DistillationTrainer, source: Checkpoint, output_dir: P
         trained = Checkpoint.open(gathered)
         _write_in_dtype_of(source, trained, whole)
         copy_companions(source.folder, whole)
-        if (source.folder / PLAN_FILE).is_file():
-            shutil.copyfile(source.folder / PLAN_FILE, whole / PLAN_FILE)
         (whole / LOG_FILE).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
         stage.files = {LOG_FILE: "training log"}
         for path in [*whole.iterdir()]:

@@ -20,6 +20,7 @@ from transformers import (
 
 from hf_minitron.architectures import get_family
 from hf_minitron.checkpoint import (
+    PLAN_FILE,
     Checkpoint,
     ModelTensors,
     TensorSource,
@@ -53,7 +54,6 @@ from hf_minitron.prune.plan import (
 )
 from hf_minitron.prune.trim import Trimmer
 
-PLAN_FILE = "prune_plan.json"
 _WHICH_TEXT = ("config_name", "split", "text_column", "revision", "token")  # options of load_text that pick the text
 logger = logging.getLogger(__name__)
 
