@@ -21,7 +21,7 @@ from datasets.utils import are_progress_bars_disabled, disable_progress_bars, en
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HTTPError  # of whichever client the Hub library stands on
 from tqdm.auto import tqdm
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 from trl import pack_dataset
 
 from hf_minitron.text_files import describe_text_files, find_text_files, load_text_files
@@ -29,6 +29,7 @@ from hf_minitron.text_files import describe_text_files, find_text_files, load_te
 logger = logging.getLogger(__name__)
 
 TEXT_COLUMNS = ("text", "content", "story")  # taken in this order when no column is named
+MAX_DEFAULT_LENGTH = 4096  # tokens of a packed row, where the model allows more
 BLOCK_CHARACTERS = 1 << 22  # tokenized and packed at a time; about a million tokens
 SHUFFLE_BUFFER = 10_000  # documents held to shuffle a stream
 
@@ -137,6 +138,21 @@ def pack_rows(
     return rows.select(
         range(max_rows) if seed is None else np.random.default_rng(seed).permutation(num_rows)[:max_rows]
     )
+
+
+def check_row_length(config: PreTrainedConfig, length: int | None, option: str) -> int:
+    """The tokens of a packed row: ``length`` if the model takes that many, by default all it takes up to 4096.
+
+    ``option`` is the setting's name, for the message.
+    """
+    limit = getattr(config, "max_position_embeddings", None) or MAX_DEFAULT_LENGTH
+    length = min(MAX_DEFAULT_LENGTH, limit) if length is None else length
+    if not 1 < length <= limit:
+        raise ValueError(
+            f"{option}={length}: the model takes 2 to {limit} tokens (max_position_embeddings). Choose a length in "
+            "that range."
+        )
+    return length
 
 
 def fingerprint_rows(dataset: Dataset) -> str:

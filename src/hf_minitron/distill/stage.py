@@ -19,14 +19,13 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from transformers.trainer import TRAINER_STATE_NAME
 
 from hf_minitron.checkpoint import Checkpoint, check_finite, check_output_dir, copy_companions, write_tensors
-from hf_minitron.data import describe_source, fingerprint_rows, load_text, pack_rows
+from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, load_text, pack_rows
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.hardware import fast_dtype, parse_dtype
 from hf_minitron.lineage import Stage, append_stage, settings_dict
 
 LOG_FILE = "distill_log.json"
-MAX_LENGTH = 4096  # tokens per packed row, where the model allows more
 _TOLD_ELSEWHERE = {"student_model", "teacher_model", "dataset", "eval_dataset", "output_dir", "logging_dir", "run_name"}
 _TOLD_ELSEWHERE |= {"overwrite", "resume_from_checkpoint", "disable_tqdm", "report_to"}  # nothing about the result
 
@@ -94,7 +93,7 @@ def distill_checkpoint(arguments: DistillArguments, config: DistillationConfig) 
     _check_vocabularies(student, teacher, config)
     teacher_dtype = parse_dtype(arguments.teacher_dtype) or fast_dtype(config.device)
     tokenizer = AutoTokenizer.from_pretrained(student.folder)
-    max_length = _max_length(arguments, student)
+    max_length = check_row_length(student.config, arguments.max_length, "max_length")
     with PartialState().main_process_first():
         train = _train_rows(arguments, config, tokenizer, max_length)
         held_out = _held_out_rows(arguments, tokenizer, max_length)
@@ -208,17 +207,6 @@ def _check_vocabularies(student: Checkpoint, teacher: Checkpoint, config: Distil
             f"the student has vocab_size={sizes[0]}, the teacher {sizes[1]}: the KL compares token by token. "
             "Use a teacher with the same tokenizer, or --vocab-limit if the difference is padding."
         )
-
-
-def _max_length(arguments: DistillArguments, student: Checkpoint) -> int:
-    limit = getattr(student.config, "max_position_embeddings", None) or MAX_LENGTH
-    length = arguments.max_length or min(limit, MAX_LENGTH)
-    if not 1 < length <= limit:
-        raise ValueError(
-            f"max_length={length}: the student takes 2 to {limit} tokens (max_position_embeddings). Choose a "
-            "length in that range."
-        )
-    return length
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,9 @@ from typing import Any
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_minitron.data import load_text, pack_rows
+from hf_minitron.data import check_row_length, load_text, pack_rows
 
 NUM_SAMPLES = 1024  # P1 2.2 and P2 both use 1024 random samples
-MAX_SEQUENCE_LENGTH = 4096  # tokens, where the model allows more
 
 
 def load_calibration(
@@ -29,19 +28,13 @@ def load_calibration(
     Rows are packed, never padded: padding would enter the importance of every channel. ``source`` and ``how_to_read``
     are those of ``load_text``. Fewer rows than asked for are used as they are; none at all is an error.
     """
-    limit = getattr(config, "max_position_embeddings", None) or MAX_SEQUENCE_LENGTH
-    sequence_length = min(MAX_SEQUENCE_LENGTH, limit) if sequence_length is None else sequence_length
-    if not 1 < sequence_length <= limit:
-        raise ValueError(
-            f"sequence_length={sequence_length}: the model takes 2 to {limit} tokens "
-            "(max_position_embeddings). Choose a length in that range."
-        )
+    length = check_row_length(config, sequence_length, "sequence_length")
     if num_samples < 1:
         raise ValueError(
             f"num_samples={num_samples}: at least one calibration row is needed. The papers use {NUM_SAMPLES}."
         )
     texts = load_text(source, **how_to_read)
-    return pack_rows(texts, tokenizer, sequence_length, max_rows=num_samples, seed=seed)
+    return pack_rows(texts, tokenizer, length, max_rows=num_samples, seed=seed)
 
 
 def is_text_source(calibration: Any) -> bool:
