@@ -13,9 +13,9 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
     from hf_minitron.evaluate.perplexity import PerplexityResult as PerplexityResult
     from hf_minitron.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
     from hf_minitron.prune.importance import ImportanceScores as ImportanceScores
-    from hf_minitron.prune.plan import PruneConfig as PruneConfig
     from hf_minitron.prune.plan import PrunePlan as PrunePlan
     from hf_minitron.prune.pruner import PrunerForCausalLM as PrunerForCausalLM
+    from hf_minitron.prune.target import PruneConfig as PruneConfig
 
 _MODULES = {
     "DistillationConfig": "distill.config",
@@ -23,7 +23,7 @@ _MODULES = {
     "ImportanceScores": "prune.importance",
     "KDOutput": "distill.kd_head",
     "PerplexityResult": "evaluate.perplexity",
-    "PruneConfig": "prune.plan",
+    "PruneConfig": "prune.target",
     "PrunePlan": "prune.plan",
     "PrunerForCausalLM": "prune.pruner",
     "evaluate_perplexity": "evaluate.perplexity",

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 
 AXES = ("hidden", "ffn", "q", "kv", "vocab", "head_dim")
 WHOLE_AXES = ("vocab", "head_dim")  # never trimmed
+PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value per layer
 
 
 @dataclass(frozen=True)
@@ -31,8 +32,9 @@ class Family:
     """One model family of the Hugging Face library, as far as pruning has to know it.
 
     ``*_site`` are module names inside a decoder layer: neuron and head importance are read from the *input* of
-    ``neuron_site`` and ``head_site``, channel importance from the *outputs* of ``norm_sites``. ``fixed`` names config
-    keys that cannot change in this family, and why.
+    ``neuron_site`` and ``head_site``, channel importance from the *outputs* of ``norm_sites``. P1's other signal of
+    neurons is the output of ``first_projection_site``: of the gate, where there is one, since it has the activation.
+    ``fixed`` names config keys that cannot change in this family, and why.
     """
 
     model_type: str
@@ -42,9 +44,15 @@ class Family:
     embedding: str = "model.embed_tokens.weight"
     head: str = "lm_head.weight"
     neuron_site: str = "mlp.down_proj"
+    first_projection_site: str = "mlp.gate_proj"
     head_site: str = "self_attn.o_proj"
     norm_sites: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     fixed: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def num_stacked_projections(self) -> int:
+        """How many projections of the neurons ``first_projection_site`` holds; the first one comes first."""
+        return len(self.layer_tensors[f"{self.first_projection_site}.weight"].split()[0].split("+"))
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The axes of a tensor by its name in the state dict, such as ``("q", "hidden")``."""
@@ -117,7 +125,12 @@ FAMILIES = {
         Family("qwen3", _DECODER | _EACH_HEAD_NORMED | _ATTENTION_BIASES, _OUTER),
         Family("granite", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER),
         Family("smollm3", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER),
-        Family("phi3", _FUSED_ATTENTION | _FUSED_GATED | _norms(_READ_NORMS), _OUTER),
+        Family(
+            "phi3",
+            _FUSED_ATTENTION | _FUSED_GATED | _norms(_READ_NORMS),
+            _OUTER,
+            first_projection_site="mlp.gate_up_proj",
+        ),
         Family(
             "gemma2",
             _ATTENTION | _ATTENTION_BIASES | _GATED | _norms(_FOUR_NORMS),
@@ -141,6 +154,7 @@ FAMILIES = {
             "nemotron",  # Minitron's own: squared ReLU without gate, LayerNorm with bias
             _ATTENTION | _ATTENTION_BIASES | _UNGATED | _UNGATED_BIASES | _norms(_READ_NORMS, "weight", "bias"),
             _OUTER | {"model.norm.bias": "hidden"},
+            first_projection_site="mlp.up_proj",
         ),
     )
 }

@@ -10,10 +10,11 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
-from hf_minitron.prune.plan import PruneConfig
+from hf_minitron.distill import stage
+from hf_minitron.distill.stage import DistillArguments, distill_checkpoint, load_inputs
 from hf_minitron.prune.preview import ModelArguments
 from hf_minitron.prune.stage import CalibrationArguments, PruneOutput, prune_checkpoint
+from hf_minitron.prune.target import PruneConfig
 
 
 @pytest.fixture(scope="module")
@@ -128,3 +129,17 @@ def test_bad_input_is_refused_before_any_training(tmp_path, arguments, tiny_text
     with pytest.raises(ValueError, match="vocab_size=300, the teacher 310"):
         distill_checkpoint(arguments(teacher_model=other), output)
     assert not (tmp_path / "student").exists() or not any((tmp_path / "student").iterdir())
+
+
+def test_students_that_share_inputs_train_as_if_alone(tmp_path, arguments, monkeypatch):
+    alone = distill_checkpoint(arguments(), settings(tmp_path / "alone"))
+    loaded, load = [], stage._load
+    monkeypatch.setattr(stage, "_load", lambda source, *rest: loaded.append(source.folder) or load(source, *rest))
+    inputs = load_inputs(arguments(), settings(tmp_path / "first"))
+    assert loaded == []  # the teacher comes when it is needed
+    reports = [distill_checkpoint(arguments(), settings(tmp_path / name), inputs) for name in ("first", "second")]
+    assert len(loaded) == 3  # two students, one teacher
+    for report in reports:
+        assert report.metrics == alone.metrics and losses(report) == losses(alone)
+    first, second = (tmp_path / name / "model.safetensors" for name in ("alone", "second"))
+    assert first.read_bytes() == second.read_bytes()

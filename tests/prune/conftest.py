@@ -17,7 +17,7 @@ from transformers import (
 )
 
 from hf_minitron.architectures import FAMILIES, get_family
-from hf_minitron.prune.plan import PruneConfig
+from hf_minitron.prune.target import PruneConfig
 
 TINY = {  # every axis has a length of its own, and head_dim is not hidden_size / num_attention_heads
     "vocab_size": 61,

@@ -3,23 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hf_minitron.architectures import get_family
-from hf_minitron.prune.importance import (
-    AXES,
-    STATISTICS,
-    ImportanceScores,
-    Moments,
-    check_aggregation,
-    check_axes,
-    score_model,
-)
+from hf_minitron.prune.importance import check_aggregation, check_axes, check_neuron_signal, score_model
+from hf_minitron.prune.scores import AXES, NEURON_SIGNALS, STATISTICS, ImportanceScores
 
 PAIRS = list(itertools.product(STATISTICS, STATISTICS))
 REDUCE = {  # over the first axis, straight from the definition
@@ -42,6 +33,7 @@ def test_scores_equal_the_definition_over_stacked_activations(build_model, rows,
 
     neurons = torch.stack([_reduce(seen[f"{i}.{family.neuron_site}"], aggregation) for i in layers])
     assert_close(scores.neurons, neurons)
+    assert scores.neuron_signal == "down_proj_input"
 
     channels = torch.stack([_reduce(seen[f"{i}.{family.head_site}"], aggregation) for i in layers])
     assert_close(scores.heads, torch.stack([part.square().sum(1).sqrt() for part in channels.split(8, dim=1)], 1))
@@ -52,6 +44,47 @@ def test_scores_equal_the_definition_over_stacked_activations(build_model, rows,
     streams = [seen[f"{i}.in"].double() for i in layers] + [seen["out"].double()]
     cosines = [torch.cosine_similarity(a, b, dim=-1).mean() for a, b in itertools.pairwise(streams)]
     torch.testing.assert_close(scores.layers.double(), 1 - torch.stack(cosines), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("aggregation", PAIRS, ids="-".join)
+def test_neurons_by_their_first_projection_equal_the_definition(
+    build_model, rows, family_name, aggregation, projections
+):
+    """X·W1ᵀ of P1 2.2 from what enters the feed-forward block; of a gated block W1 is what the activation is on."""
+    model = build_model(family_name)
+    scores = _score(model, rows, aggregation=aggregation, neuron_signal="first_projection", batch_size=3)
+    seen, expected = _activations(model, rows), []
+    for index, layer in enumerate(model.model.layers):
+        projected = [
+            torch.nn.functional.linear(seen[f"{index}.mlp"], part["weight"], part.get("bias"))
+            for part in projections(model, index, "ffn")
+        ]
+        activation = getattr(layer.mlp, "act_fn", None) or layer.mlp.activation_fn
+        passed_on = activation(projected[0]) * (projected[1] if len(projected) > 1 else 1)
+        assert_close(seen[f"{index}.mlp.down_proj"], passed_on, rtol=1e-5)  # so projected[0] is W1
+        expected.append(_reduce(projected[0], aggregation))
+    assert_close(scores.neurons, torch.stack(expected))
+    assert scores.neuron_signal == scores.as_dict()["neuron_signal"] == "first_projection"
+
+
+def test_the_first_projection_is_read_with_its_bias(build_model, rows):
+    model = build_model(mlp_bias=True)
+    for layer in model.model.layers:
+        layer.mlp.gate_proj.weight.data.zero_()
+    scores = _score(model, rows, aggregation=("mean", "mean"), neuron_signal="first_projection")
+    biases = torch.stack([layer.mlp.gate_proj.bias.data.abs() for layer in model.model.layers])
+    assert_close(scores.neurons, biases)
+
+
+@pytest.mark.parametrize("signal", NEURON_SIGNALS)
+def test_the_signal_concerns_neurons_alone(build_model, rows, family_name, signal):
+    model = build_model(family_name)
+    default, scores = _score(model, rows), _score(model, rows, neuron_signal=signal)
+    for axis in ("heads", "hidden", "layers"):
+        assert torch.equal(getattr(scores, axis), getattr(default, axis))
+    assert torch.equal(scores.neurons, default.neurons) == (signal == "down_proj_input")
+    without = _score(model, rows, axes=("hidden",), neuron_signal=signal)
+    assert without.neuron_signal is None and "neuron_signal" not in without.as_dict()
 
 
 def test_shapes_and_what_was_seen(build_model, rows):
@@ -118,55 +151,6 @@ def test_merging_two_parts_equals_scoring_the_whole(build_model, rows, aggregati
     assert torch.equal(first.neurons, before)
 
 
-def test_merged_fingerprints_name_both_parts(build_model, rows):
-    first, second = (_score(build_model(), part) for part in (rows[:3], rows[3:]))
-    assert "fingerprint" not in first.merge(second).info
-    first.info["fingerprint"], second.info["fingerprint"] = "a", "b"
-    assert first.merge(second).info["fingerprint"] == "a+b"
-
-
-@pytest.mark.parametrize(
-    ("settings", "info"),
-    [({"aggregation": ("mean", "mean")}, {}), ({"axes": ("hidden",)}, {}), ({}, {"model": {"sha256": "other"}})],
-)
-def test_scores_that_differ_in_kind_are_not_merged(build_model, rows, settings, info):
-    model = build_model()
-    first, second = _score(model, rows[:3]), _score(model, rows[3:], **settings)
-    second.info |= info
-    with pytest.raises(ValueError, match="merged only when model, aggregation and axes agree"):
-        first.merge(second)
-
-
-def test_moments_do_not_cancel():
-    """The variance of big, close numbers: squares minus the square of the mean would lose it."""
-    samples = 1e8 + torch.arange(6, dtype=torch.float64)[:, None]
-    moments = Moments()
-    for sample in samples:
-        moments.add(sample[None])
-    assert moments.aggregate("var").item() == pytest.approx(35 / 12, rel=1e-9)
-
-
-def test_save_and_load(build_model, rows, tmp_path: Path):
-    scores = _score(build_model(), rows, aggregation=("var", "l2"))
-    scores.info["model"] = {"path": "x"}
-    scores.save(tmp_path / "scores.safetensors")
-    loaded = ImportanceScores.load(tmp_path / "scores.safetensors")
-    for axis in AXES:
-        assert torch.equal(getattr(loaded, axis), getattr(scores, axis))
-    assert (loaded.aggregation, loaded.head_dim, loaded.info) == (scores.aggregation, scores.head_dim, scores.info)
-    assert [path.name for path in tmp_path.iterdir()] == ["scores.safetensors"]
-    merged = loaded.merge(scores)
-    assert merged.info["num_samples"] == 14
-
-
-def test_files_that_hold_no_scores(tmp_path: Path):
-    save_file({"a": torch.zeros(1)}, tmp_path / "weights.safetensors")
-    (tmp_path / "half.safetensors").write_bytes(b"\x10")
-    for name in ("weights", "half"):
-        with pytest.raises(ValueError, match=rf"{name}\.safetensors holds no importance scores"):
-            ImportanceScores.load(tmp_path / f"{name}.safetensors")
-
-
 # The model is left as it was
 
 
@@ -225,12 +209,19 @@ def test_unknown_aggregations(aggregation):
         check_aggregation(aggregation)
 
 
+@pytest.mark.parametrize("signal", ["up_proj", "", None])
+def test_unknown_neuron_signals(signal):
+    with pytest.raises(ValueError, match=r"neurons are scored by down_proj_input or first_projection\. Use one"):
+        check_neuron_signal(signal)
+
+
 def test_settings_are_checked_before_the_forward_pass(build_model, rows):
     model = build_model()
     model.register_forward_pre_hook(lambda *_: pytest.fail("ran the model"))
     model.model.register_forward_pre_hook(lambda *_: pytest.fail("ran the model"))
-    for settings in ({"axes": ("x",)}, {"aggregation": ("x", "l2")}, {"batch_size": 0}, {"batch_size": -1}):
-        with pytest.raises(ValueError, match=r"axes=|aggregation=|batch_size="):
+    wrong = {"axes": ("x",), "aggregation": ("x", "l2"), "neuron_signal": "x", "batch_size": 0}
+    for settings in (*({key: value} for key, value in wrong.items()), {"batch_size": -1}):
+        with pytest.raises(ValueError, match=f"^{next(iter(settings))}="):
             _score(model, rows, **settings)
     with pytest.raises(ValueError, match="0 rows"):
         _score(model, rows[:0])
@@ -338,6 +329,7 @@ def _activations(model: PreTrainedModel, rows: torch.Tensor) -> dict[str, torch.
 
     for index, layer in enumerate(model.get_submodule(family.layers)):
         keep_input(f"{index}.in", layer)
+        keep_input(f"{index}.mlp", layer.mlp)
         for site in (family.neuron_site, family.head_site):
             keep_input(f"{index}.{site}", layer.get_submodule(site))
         for site in family.norm_sites:

@@ -13,15 +13,8 @@ from transformers import CONFIG_MAPPING, LlamaConfig, MistralConfig, Phi3Config
 
 from hf_minitron.architectures import FAMILIES
 from hf_minitron.prune.importance import ImportanceScores, Moments
-from hf_minitron.prune.plan import (
-    SIZES,
-    PruneConfig,
-    PrunePlan,
-    make_plan,
-    source_sizes,
-    target_config,
-    target_sizes,
-)
+from hf_minitron.prune.plan import PrunePlan, make_plan
+from hf_minitron.prune.target import SIZES, PruneConfig, source_sizes, target_config, target_sizes
 
 SETTINGS = {
     "vocab_size": 61,
@@ -143,6 +136,61 @@ def test_scores_with_nan_or_inf_are_refused(value: float):
     hidden[3] = value
     with pytest.raises(ValueError, match="scores of 'hidden' hold NaN or Inf"):
         make_plan(CONFIG, HALF, _scores(hidden=hidden))
+
+
+# Head residual (P1 2.3)
+
+
+@pytest.mark.parametrize(
+    ("keep", "pairs"),
+    [
+        (3, [[5, 0]]),  # L = 4, K = 3: only the third takes on the fourth
+        (2, [[2, 0], [1, 5]]),  # the most important of the removed goes to the least important of the kept
+        (4, []),
+    ],
+)
+def test_pairs_of_kept_and_removed_heads(keep: int, pairs: list):
+    """Heads in the order of importance are 2, 1, 5, 0 of a group of four (3 and 4 are another's)."""
+    config = LlamaConfig(**SETTINGS | {"num_attention_heads": 4, "num_key_value_heads": 1})
+    order = {2: 0, 1: 1, 5: 2, 0: 3}
+    scores = _scores(heads=torch.tensor([[9.0, 8.0, 7.0, 6.0]] * 3))
+    plan = make_plan(config, PruneConfig(num_attention_heads=keep, head_residual=True), scores)
+    expected = sorted([order[kept], order[removed]] for kept, removed in pairs)
+    assert [sorted(layer) for layer in plan.head_residuals] == [expected] * 3
+    assert make_plan(config, PruneConfig(num_attention_heads=keep), scores).head_residuals == []
+    assert PrunePlan.from_json(plan.to_json()) == plan
+
+
+def test_pairs_stay_inside_their_group():
+    scores = _scores(heads=torch.tensor([[1.0, 3.0, 2.0, 6.0, 4.0, 5.0]] * 3))
+    plan = make_plan(CONFIG, PruneConfig(num_attention_heads=4, head_residual=True), scores)
+    assert plan.kept_heads == [[1, 2, 3, 5]] * 3
+    assert plan.head_residuals == [[[2, 0], [5, 4]]] * 3
+
+
+def test_without_grouping_all_heads_of_a_layer_are_paired():
+    config = LlamaConfig(**SETTINGS | {"num_key_value_heads": 6})
+    scores = _scores(heads=torch.tensor([[1.0, 6.0, 2.0, 5.0, 3.0, 4.0]] * 3))
+    plan = make_plan(config, PruneConfig(num_attention_heads=4, head_residual=True), scores)
+    assert plan.kept_heads == [[1, 3, 4, 5]] * 3
+    assert [sorted(pairs) for pairs in plan.head_residuals] == [[[4, 2], [5, 0]]] * 3
+
+
+def test_more_removed_than_kept_heads_cannot_be_paired():
+    with pytest.raises(ValueError, match=r"1 of 3 query heads of each key/value group stay\. Keep at least 2"):
+        target_sizes(CONFIG, PruneConfig(num_attention_heads=2, head_residual=True))
+    config = LlamaConfig(**SETTINGS | {"num_key_value_heads": 6})
+    with pytest.raises(ValueError, match=r"2 of 6 query heads of each layer stay\. Keep at least 3"):
+        target_sizes(config, PruneConfig(num_attention_heads=2, head_residual=True))
+    assert target_sizes(config, PruneConfig(num_attention_heads=3, head_residual=True))["num_attention_heads"] == 3
+
+
+@pytest.mark.parametrize("pairs", [[[[0, 2]], [[1, 2]], [[2, 0]]], [[[0, 2]]], [[[0, 9]]] * 3])
+def test_pairs_that_do_not_go_with_the_plan(pairs: list):
+    scores = _scores(heads=torch.tensor([[9.0, 8.0, 7.0, 9.0, 8.0, 7.0]] * 3))
+    plan = make_plan(CONFIG, PruneConfig(num_attention_heads=4), scores)
+    with pytest.raises(ValueError, match=r"head_residuals=|shorter|longer"):
+        dataclasses.replace(plan, head_residuals=pairs)
 
 
 # Random

@@ -19,8 +19,9 @@ from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.lineage import read_lineage
 from hf_minitron.prune import pruner as pruner_module
 from hf_minitron.prune.importance import ImportanceScores
-from hf_minitron.prune.plan import PruneConfig, PrunePlan
+from hf_minitron.prune.plan import PrunePlan
 from hf_minitron.prune.pruner import PLAN_FILE, PrunerForCausalLM
+from hf_minitron.prune.target import PruneConfig
 
 HALF = PruneConfig(hidden_size=12, intermediate_size=16, num_attention_heads=4)
 RANDOM = dataclasses.replace(HALF, method="random")

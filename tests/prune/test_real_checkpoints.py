@@ -10,8 +10,8 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_minitron.data import load_text, pack_rows
-from hf_minitron.prune.plan import PruneConfig, count_parameters
 from hf_minitron.prune.pruner import PrunerForCausalLM
+from hf_minitron.prune.target import PruneConfig, count_parameters
 
 DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 MODELS, STORIES = DATA / "models", DATA / "text" / "tinystories"

@@ -14,7 +14,6 @@ from hf_minitron.architectures import FAMILIES
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.lineage import read_lineage
 from hf_minitron.prune.importance import ImportanceScores
-from hf_minitron.prune.plan import PruneConfig
 from hf_minitron.prune.preview import ModelArguments, plan_pruning
 from hf_minitron.prune.pruner import PLAN_FILE
 from hf_minitron.prune.stage import (
@@ -24,6 +23,7 @@ from hf_minitron.prune.stage import (
     prune_checkpoint,
     score_checkpoint,
 )
+from hf_minitron.prune.target import PruneConfig
 
 HALF = PruneConfig(hidden_size=12, intermediate_size=16, num_attention_heads=4)
 

@@ -12,8 +12,9 @@ from transformers import PreTrainedModel
 from hf_minitron.architectures import get_family
 from hf_minitron.checkpoint import ModelTensors
 from hf_minitron.prune.importance import score_model
-from hf_minitron.prune.plan import PruneConfig, PrunePlan, make_plan, source_sizes, target_sizes
+from hf_minitron.prune.plan import PrunePlan, make_plan
 from hf_minitron.prune.pruner import PrunerForCausalLM
+from hf_minitron.prune.target import PruneConfig, source_sizes, target_sizes
 from hf_minitron.prune.trim import Trimmer, kept_indices, select
 
 HEAD_DIM = 8
@@ -230,6 +231,45 @@ def test_kept_indices_of_every_axis(build_model):
     assert kept_indices(plan, "q+kv+kv", 1, 2).tolist() == stacked
 
 
+def test_the_head_residual_changes_only_the_paired_query_heads(source_of_heads, rows):
+    """head_i becomes 2 · head_i − head_removed in queries (P1 2.3), in keys and values only where they are its own."""
+    source = source_of_heads
+    scores = score_model(source, rows, progress=False)
+    plans = [
+        make_plan(source.config, PruneConfig(num_attention_heads=4, head_residual=residual), scores)
+        for residual in (True, False)
+    ]
+    assert plans[0].kept_heads == plans[1].kept_heads
+    with_residual, plain = (_prune(source, plan).state_dict() for plan in plans)
+    ungrouped = source.config.num_key_value_heads == source.config.num_attention_heads
+    changed, before = set(), source.state_dict()
+    for name, tensor in with_residual.items():
+        index, inner = get_family(source.config).split_layer(name)
+        if torch.equal(tensor, plain[name]):
+            continue
+        changed.add(inner)
+        first = get_family(source.config).axes(name)[0].split("+")
+        kept, heads = plans[0].kept_heads[index], plain[name].clone()
+        offsets = [6 * HEAD_DIM * part for part in range(len(first))] if ungrouped else [0]
+        places = [4 * HEAD_DIM * part for part in range(len(first))] if ungrouped else [0]
+        for offset, place in zip(offsets, places, strict=True):
+            for keeper, removed in plans[0].head_residuals[index]:
+                target = slice(place + kept.index(keeper) * HEAD_DIM, place + (kept.index(keeper) + 1) * HEAD_DIM)
+                rows_of = [before[name][offset + h * HEAD_DIM : offset + (h + 1) * HEAD_DIM] for h in (keeper, removed)]
+                heads[target] = 2 * rows_of[0] - rows_of[1]
+        torch.testing.assert_close(tensor, heads, rtol=0, atol=0, msg=name)
+    parts = {"q_proj", "k_proj", "v_proj"} if ungrouped else {"q_proj"}
+    expected = {inner for inner in get_family(source.config).layer_tensors if inner.split(".")[1] in parts}
+    expected |= {"self_attn.qkv_proj.weight"}
+    present = {get_family(source.config).split_layer(name)[1] for name in with_residual}
+    assert changed == expected & present
+
+
+def test_the_head_residual_of_nothing_removed_changes_nothing(source_of_heads, logits):
+    pruned = PrunerForCausalLM(source_of_heads).prune(PruneConfig(head_residual=True))
+    assert torch.equal(logits(pruned), logits(source_of_heads))
+
+
 def test_select():
     tensor = torch.arange(12).reshape(3, 4)
     assert select(tensor, 0, None) is tensor
@@ -258,6 +298,7 @@ def _plan(model: PreTrainedModel, **kept: list) -> PrunePlan:
         "intermediate_size": len(values["kept_neurons"][0]),
         "num_attention_heads": len(values["kept_heads"][0]),
         "num_key_value_heads": len(values["kept_key_value_heads"][0]),
+        "num_hidden_layers": len(values["kept_layers"]),
     }
     return PrunePlan(sizes=sizes, source_sizes=source_sizes(model.config), **values)
 

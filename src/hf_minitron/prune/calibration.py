@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
@@ -40,3 +41,33 @@ def load_calibration(
 def is_text_source(calibration: Any) -> bool:
     """Whether ``calibration`` names text to be tokenized, rather than being rows of token ids already."""
     return isinstance(calibration, str | Path) or "text" in (getattr(calibration, "column_names", None) or ())
+
+
+def check_rows(calibration: Any, vocab_size: int) -> list[list[int]]:
+    """Rows of token ids, checked: of equal length, not empty, inside the vocabulary."""
+    rows = calibration["input_ids"] if hasattr(calibration, "column_names") else calibration
+    rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in rows]
+    if wrong := [
+        row for row in rows if not isinstance(row, list | tuple) or any(type(token) is not int for token in row)
+    ]:
+        raise TypeError(
+            f"a calibration row is {str(wrong[0])[:40]!r}: each must be a list of token ids. Give text as a "
+            "file, folder, Hub id or a data set with a text column."
+        )
+    lengths = {len(row) for row in rows}
+    if not rows or lengths == {0}:
+        raise ValueError(
+            "calibration is empty: importance needs at least one row of tokens. Give text or rows of token ids."
+        )
+    if len(lengths) > 1:
+        raise ValueError(
+            f"calibration rows have {min(lengths)} to {max(lengths)} tokens: padding would enter the scores, "
+            "so rows must be equally long. Pack them."
+        )
+    smallest, largest = min(map(min, rows)), max(map(max, rows))
+    if smallest < 0 or largest >= vocab_size:
+        raise ValueError(
+            f"calibration holds token {smallest if smallest < 0 else largest}, the model has vocab_size={vocab_size}: "
+            f"they were made by another tokenizer. Use the model's own."
+        )
+    return rows

@@ -1,9 +1,10 @@
-"""From scores and wanted sizes to a plan: which source indices every axis keeps, and the config that results."""
+"""From scores and wanted sizes to a plan: which source indices every axis keeps."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
@@ -11,54 +12,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers import PreTrainedConfig
 
-from hf_minitron.architectures import get_family, get_head_dim
-from hf_minitron.prune.importance import ImportanceScores
+from hf_minitron.prune.depth import check_dropped_layers, choose_layers
+from hf_minitron.prune.scores import ImportanceScores
+from hf_minitron.prune.target import WIDTHS, PruneConfig, source_sizes, target_sizes
 
-SIZES = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-METHODS = ("minitron", "random")
 SIZE_OF = {"hidden": "hidden_size", "neurons": "intermediate_size", "heads": "num_attention_heads"}
-Ranking = Callable[[str, int | None], torch.Tensor]  # (axis, layer) → importance of each member
-
-
-@dataclass(frozen=True)
-class PruneConfig:
-    """The sizes wanted, by their Hugging Face config keys; None keeps the source's."""
-
-    hidden_size: int | None = field(default=None, metadata={"help": "Channels of the residual stream to keep."})
-    intermediate_size: int | None = field(default=None, metadata={"help": "Feed-forward neurons to keep per layer."})
-    num_attention_heads: int | None = field(
-        default=None, metadata={"help": "Query heads to keep per layer, the same number in every key/value group."}
-    )
-    num_key_value_heads: int | None = field(
-        default=None, metadata={"help": "Key/value groups to keep per layer, each with its query heads."}
-    )
-    method: str = field(
-        default="minitron",
-        metadata={"help": "minitron keeps what scores highest; random keeps what chance says, the baseline."},
-    )
-    seed: int = field(default=0, metadata={"help": "Seed of --method random."})
-
-    def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ValueError(f"method={self.method!r} is unknown. Use one of {', '.join(METHODS)}.")
+Ranking = Callable[[str, int | None], torch.Tensor]  # (axis, source layer) → importance of each member
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class PrunePlan:
-    """Which source indices are kept, ascending; one list per layer where an axis is ranked per layer.
+    """Which source indices are kept, ascending; one list per kept layer where an axis is ranked per layer.
 
-    ``sizes`` are the target's config values. The plan is all that trimming needs, beside the weights.
+    ``sizes`` are the target's config values. ``head_residuals`` lists per kept layer pairs of a kept query head and the
+    removed one whose difference it takes on (P1 2.3); it is empty without that option. The plan is all that trimming
+    needs, beside the weights.
     """
 
     sizes: dict[str, int]
     source_sizes: dict[str, int]
+    kept_layers: list[int]
     kept_hidden: list[int]
     kept_neurons: list[list[int]]
     kept_heads: list[list[int]]
     kept_key_value_heads: list[list[int]]
+    head_residuals: list[list[list[int]]] = field(default_factory=list)
     info: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -87,6 +68,7 @@ class PrunePlan:
 def _check_kept(plan: PrunePlan) -> None:
     """Refuses a plan, edited by hand perhaps, whose kept indices do not fit its sizes: they would trim nonsense."""
     for name, layers, key in (
+        ("kept_layers", [plan.kept_layers], "num_hidden_layers"),
         ("kept_hidden", [plan.kept_hidden], "hidden_size"),
         ("kept_neurons", plan.kept_neurons, "intermediate_size"),
         ("kept_heads", plan.kept_heads, "num_attention_heads"),
@@ -96,117 +78,101 @@ def _check_kept(plan: PrunePlan) -> None:
         for kept in layers:
             if kept != sorted(set(kept)) or len(kept) != size or not all(0 <= index < source for index in kept):
                 raise ValueError(f"{name} must hold {size} different indices below {source}, ascending. Plan again.")
+        if key in WIDTHS[1:] and len(layers) != len(plan.kept_layers):
+            raise ValueError(f"{name} must have a list for each of {len(plan.kept_layers)} kept layers. Plan again.")
     per_group = plan.source_sizes["num_attention_heads"] // plan.source_sizes["num_key_value_heads"]
     repeats = plan.sizes["num_attention_heads"] // plan.sizes["num_key_value_heads"]
     for heads, groups in zip(plan.kept_heads, plan.kept_key_value_heads, strict=True):
         if [head // per_group for head in heads] != [group for group in groups for _ in range(repeats)]:
             raise ValueError(f"kept_heads={heads} are not {repeats} of each group in {groups}. Plan again.")
+    for heads, pairs in zip(plan.kept_heads, plan.head_residuals, strict=bool(plan.head_residuals)):
+        if any(kept not in heads or not 0 <= gone < plan.source_sizes["num_attention_heads"] for kept, gone in pairs):
+            raise ValueError(f"head_residuals={pairs} do not go with kept_heads={heads}. Plan again.")
 
 
 def make_plan(config: PreTrainedConfig, prune: PruneConfig, scores: ImportanceScores | None = None) -> PrunePlan:
     """Ranks every axis that shrinks and keeps its best; ties go to the lower index, so the plan is deterministic.
 
-    Scores are needed only for axes that shrink, and not at all by ``method="random"``.
+    Scores are needed only for axes that shrink, and not at all by ``method="random"``. Layers are chosen first; width
+    is then ranked by the same scores, layer by layer. Width and depth together draw a warning: P2 keeps them apart,
+    and in P1 (Table 1) width alone gave the lower loss at equal parameters.
     """
     sizes, source = target_sizes(config, prune), source_sizes(config)
-    rank = (
-        _random_ranking(prune.seed, source)
-        if prune.method == "random"
-        else _score_ranking(scores, source, config.num_hidden_layers)
-    )
-    layers = range(config.num_hidden_layers)
+    if combination := describe_combination(sizes, source):
+        logger.warning(combination)
+    generator = torch.Generator().manual_seed(prune.seed)
+    random = prune.method == "random"
+    layers = _keep_layers(prune, source, sizes, None if random else scores, generator)
+    rank = _random_ranking(generator, source) if random else _score_ranking(scores, source, config.num_hidden_layers)
     attention = [_keep_heads(source, sizes, lambda i=i: rank("heads", i)) for i in layers]
     return PrunePlan(
         sizes=sizes,
         source_sizes=source,
+        kept_layers=layers,
         kept_hidden=_keep(source["hidden_size"], sizes["hidden_size"], lambda: rank("hidden", None)),
         kept_neurons=[
             _keep(source["intermediate_size"], sizes["intermediate_size"], lambda i=i: rank("neurons", i))
             for i in layers
         ],
-        kept_heads=[heads for _, heads in attention],
-        kept_key_value_heads=[groups for groups, _ in attention],
-        info={"method": prune.method} | ({"seed": prune.seed} if prune.method == "random" else _score_info(scores)),
+        kept_heads=[kept.heads for kept in attention],
+        kept_key_value_heads=[kept.groups for kept in attention],
+        head_residuals=[kept.residuals for kept in attention] if prune.head_residual else [],
+        info=_describe(prune, source, sizes, scores),
     )
 
 
-def source_sizes(config: PreTrainedConfig) -> dict[str, int]:
-    """The prunable sizes of a config; query heads without grouping have as many key/value heads."""
-    return {key: getattr(config, key) for key in SIZES}
-
-
-def target_sizes(config: PreTrainedConfig, prune: PruneConfig) -> dict[str, int]:
-    """The sizes after pruning, checked one by one against the source; no weights needed."""
-    family, source = get_family(config), source_sizes(config)
-    wanted = {key: getattr(prune, key) for key in SIZES}
-    for key, size in wanted.items():
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or not 1 <= size <= source[key]):
-            raise ValueError(
-                f"{key}={size!r}: pruning keeps between 1 and the source's {source[key]}. Choose a size in that range."
-            )
-    heads_per_group = source["num_attention_heads"] // source["num_key_value_heads"]
-    if wanted["num_attention_heads"] is None and wanted["num_key_value_heads"] is not None:
-        wanted["num_attention_heads"] = wanted["num_key_value_heads"] * heads_per_group
-    if wanted["num_key_value_heads"] is None and heads_per_group == 1:  # without grouping each head has its own
-        wanted["num_key_value_heads"] = wanted["num_attention_heads"]
-    sizes = {key: source[key] if wanted[key] is None else wanted[key] for key in SIZES}
-    heads, groups = sizes["num_attention_heads"], sizes["num_key_value_heads"]
-    if heads % groups or heads // groups > heads_per_group:
-        allowed = ", ".join(str(groups * n) for n in range(1, heads_per_group + 1))
-        raise ValueError(
-            f"num_attention_heads={heads} does not fit num_key_value_heads={groups}: query heads share "
-            f"key/value heads in equal groups of at most the source's {heads_per_group}. Use one of {allowed}."
-        )
-    for key, reason in family.fixed.items():
-        if sizes[key] != source[key]:
-            raise ValueError(f"{key}={sizes[key]}: {family.model_type} keeps its {source[key]}, for {reason}.")
-    return sizes
-
-
-def target_config(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedConfig:
-    """The source's config with the new sizes and an explicit ``head_dim``; everything else stays.
-
-    Without ``head_dim`` a narrower hidden size would silently narrow the heads (96 instead of 128 for
-    Llama-3.1-Minitron-4B-Width).
-    """
-    values = config.to_dict() | sizes | {"head_dim": get_head_dim(config)}
-    try:
-        return type(config).from_dict(values)
-    except StrictDataclassError as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise ValueError(
-            f"{type(config).__name__} cannot represent {', '.join(f'{k}={v}' for k, v in sizes.items())}: {reason} "
-            f"{_nearest_hidden_sizes(config, values)}"
-        ) from None
-
-
-def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None = None):
-    """The model of a config on the meta device: names, shapes and counts without memory."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
-
-
-def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
-    """Parameters in all, and by part, counted on the built model; ``non_embedding`` leaves out embedding and head.
-
-    A tied head is counted once.
-    """
-    family, counts = (
-        get_family(config),
-        {"total": 0, "embedding": 0, "head": 0, "attention": 0, "feed_forward": 0, "norms": 0},
+def describe_combination(sizes: dict[str, int], source: dict[str, int]) -> str | None:
+    """What the papers say of pruning width and depth at once, if these sizes do; else None."""
+    shrinking = [key for key in sizes if sizes[key] < source[key]]
+    if "num_hidden_layers" not in shrinking or len(shrinking) == 1:
+        return None
+    return (
+        f"{', '.join(shrinking)} shrink together: P2 prunes width or depth, not both, and in P1 (Table 1) width alone "
+        "ended at a lower loss (2.049) than depth and width (2.062). Prefer width where speed allows it."
     )
-    for name, parameter in build_empty(config).named_parameters():
-        axes, inner = family.axes(name), family.split_layer(name)[1]
-        if inner is None:
-            part = {family.embedding: "embedding", family.head: "head"}.get(name, "norms")
-        elif "ffn" in axes or inner.startswith("mlp."):
-            part = "feed_forward"
-        else:
-            part = "attention" if inner.startswith("self_attn.") else "norms"
-        counts[part] += parameter.numel()
-        counts["total"] += parameter.numel()
-    counts["non_embedding"] = counts["total"] - counts["embedding"] - counts["head"]
-    return counts
+
+
+def compose_plans(first: PrunePlan, second: PrunePlan) -> PrunePlan:
+    """The plan that does at once what ``second`` does to the result of ``first``; its ``info`` is the second's."""
+    kept_layers = [first.kept_layers[i] for i in second.kept_layers]
+
+    def through(name: str) -> list[list[int]]:
+        before = getattr(first, name)
+        return [[before[i][j] for j in kept] for i, kept in zip(second.kept_layers, getattr(second, name), strict=True)]
+
+    return PrunePlan(
+        sizes=second.sizes,
+        source_sizes=first.source_sizes,
+        kept_layers=kept_layers,
+        kept_hidden=[first.kept_hidden[i] for i in second.kept_hidden],
+        kept_neurons=through("kept_neurons"),
+        kept_heads=through("kept_heads"),
+        kept_key_value_heads=through("kept_key_value_heads"),
+        info=second.info,
+    )
+
+
+def _keep_layers(
+    prune: PruneConfig,
+    source: dict[str, int],
+    sizes: dict[str, int],
+    scores: ImportanceScores | None,
+    generator: torch.Generator,
+) -> list[int]:
+    """Source layers that stay, ascending; without scores at random."""
+    num_layers, keep = source["num_hidden_layers"], sizes["num_hidden_layers"]
+    if keep == num_layers:
+        return list(range(num_layers))
+    if prune.drop_layers is not None:
+        dropped = check_dropped_layers(prune.drop_layers, num_layers)
+    elif prune.method != "random":
+        return choose_layers(scores, prune.depth_metric, prune.depth_pattern, num_layers, keep)
+    elif prune.depth_pattern == "scattered":
+        dropped = torch.randperm(num_layers, generator=generator)[: num_layers - keep].tolist()
+    else:
+        start = int(torch.randint(keep + 1, (), generator=generator))
+        dropped = range(start, start + num_layers - keep)
+    return [layer for layer in range(num_layers) if layer not in dropped]
 
 
 def _score_ranking(scores: ImportanceScores | None, source: dict[str, int], num_layers: int) -> Ranking:
@@ -238,8 +204,7 @@ def _score_ranking(scores: ImportanceScores | None, source: dict[str, int], num_
     return rank
 
 
-def _random_ranking(seed: int, source: dict[str, int]) -> Ranking:
-    generator = torch.Generator().manual_seed(seed)
+def _random_ranking(generator: torch.Generator, source: dict[str, int]) -> Ranking:
     return lambda axis, layer: torch.rand(source[SIZE_OF[axis]], generator=generator)
 
 
@@ -247,21 +212,43 @@ def _keep(count: int, keep: int, rank: Callable[[], torch.Tensor]) -> list[int]:
     return list(range(count)) if keep == count else _top(rank(), keep)
 
 
-def _keep_heads(
-    source: dict[str, int], sizes: dict[str, int], rank: Callable[[], torch.Tensor]
-) -> tuple[list[int], list[int]]:
+@dataclass(frozen=True)
+class _KeptHeads:
+    """Of one layer: kept key/value groups and query heads, and pairs (kept, removed) for the head residual."""
+
+    groups: list[int]
+    heads: list[int]
+    residuals: list[list[int]]
+
+
+def _keep_heads(source: dict[str, int], sizes: dict[str, int], rank: Callable[[], torch.Tensor]) -> _KeptHeads:
     """Kept key/value groups and query heads of one layer.
 
     A group is as important as its query heads together (L2 norm); inside every kept group the best query heads stay,
-    equally many in each, so that each still faces its own keys and values.
+    equally many in each, so that each still faces its own keys and values. Without grouping every head is its group.
     """
     groups, per_group = source["num_key_value_heads"], source["num_attention_heads"] // source["num_key_value_heads"]
     keep_groups, keep_heads = sizes["num_key_value_heads"], sizes["num_attention_heads"] // sizes["num_key_value_heads"]
     if (keep_groups, keep_heads) == (groups, per_group):
-        return list(range(groups)), list(range(groups * per_group))
+        return _KeptHeads(list(range(groups)), list(range(groups * per_group)), [])
     scores = rank().view(groups, per_group)
     kept = _top(scores.norm(dim=1), keep_groups)
-    return kept, [group * per_group + head for group in kept for head in _top(scores[group], keep_heads)]
+    heads = [group * per_group + head for group in kept for head in _top(scores[group], keep_heads)]
+    if per_group == 1:
+        return _KeptHeads(kept, heads, _residual_pairs(scores.flatten(), keep_groups))
+    pairs = [(group, pair) for group in kept for pair in _residual_pairs(scores[group], keep_heads)]
+    return _KeptHeads(kept, heads, [[group * per_group + head for head in pair] for group, pair in pairs])
+
+
+def _residual_pairs(scores: torch.Tensor, keep: int) -> list[list[int]]:
+    """P1 2.3: of L heads ordered by importance K stay, and head i of (2K − L, K] takes on what head 2K − i + 1 lacks.
+
+    Pairs (kept, removed); none where more than half of the heads go, which ``target_sizes`` refuses for this option.
+    """
+    order = torch.sort(scores, descending=True, stable=True).indices.tolist()
+    first = max(2 * keep - len(order), 0) + 1
+    pairs = [(i - 1, 2 * keep - i) for i in range(first, keep + 1)]  # counted from 0
+    return [[order[kept], order[removed]] for kept, removed in pairs if removed < len(order)]
 
 
 def _top(scores: torch.Tensor, keep: int) -> list[int]:
@@ -269,24 +256,20 @@ def _top(scores: torch.Tensor, keep: int) -> list[int]:
     return sorted(order[:keep].tolist())
 
 
-def _score_info(scores: ImportanceScores | None) -> dict[str, Any]:
-    return {} if scores is None else {"aggregation": list(scores.aggregation), **scores.info}
-
-
-def _nearest_hidden_sizes(config: PreTrainedConfig, values: dict[str, Any]) -> str:
-    """The remedy for a config class that refuses: hidden sizes beside the one wanted that it was tried on and takes."""
-    hidden, heads = values["hidden_size"], values["num_attention_heads"]
-    near = (hidden // heads * heads, (hidden // heads + 1) * heads)
-    if fitting := [size for size in near if size <= config.hidden_size and _accepts(config, size, values)]:
-        return f"Near hidden sizes that are multiples of {heads} heads: {', '.join(map(str, fitting))}."
-    ratio = config.hidden_size // config.num_attention_heads
-    return (
-        f"Keep the source's {ratio} channels per head: change hidden_size and num_attention_heads together, or neither."
-    )
-
-
-def _accepts(config: PreTrainedConfig, hidden_size: int, values: dict[str, Any]) -> bool:
-    try:
-        return bool(hidden_size) and type(config).from_dict(values | {"hidden_size": hidden_size}) is not None
-    except StrictDataclassError:
-        return False
+def _describe(
+    prune: PruneConfig, source: dict[str, int], sizes: dict[str, int], scores: ImportanceScores | None
+) -> dict[str, Any]:
+    """How the plan came about, for the lineage."""
+    info: dict[str, Any] = {"method": prune.method}
+    if sizes["num_hidden_layers"] < source["num_hidden_layers"]:
+        by_hand = prune.drop_layers is not None
+        info["depth"] = (
+            {"drop_layers": sorted(prune.drop_layers)}
+            if by_hand
+            else {"pattern": prune.depth_pattern} | ({} if prune.method == "random" else {"metric": prune.depth_metric})
+        )
+    if prune.head_residual:
+        info["head_residual"] = True
+    if prune.method == "random":
+        return info | {"seed": prune.seed}
+    return info | ({} if scores is None else {"aggregation": list(scores.aggregation), **scores.info})

@@ -6,7 +6,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hf_minitron.checkpoint import read_config
-from hf_minitron.prune.plan import PruneConfig, count_parameters, source_sizes, target_config, target_sizes
+from hf_minitron.prune.plan import describe_combination
+from hf_minitron.prune.target import PruneConfig, count_parameters, source_sizes, target_config, target_sizes
 
 
 @dataclass
@@ -22,13 +23,18 @@ class ModelArguments:
 
 @dataclass(frozen=True)
 class PlanReport:
-    """What pruning would change, counted on the built configs: parameters by part before and after, and sizes."""
+    """What pruning would change, counted on the built configs: parameters by part before and after, and sizes.
+
+    ``kept_layers`` are the source's, once they are chosen; ``warnings`` say what speaks against it.
+    """
 
     model: str
     source_sizes: dict[str, int]
     sizes: dict[str, int]
     source_parameters: dict[str, int]
     parameters: dict[str, int]
+    warnings: list[str] = field(default_factory=list)
+    kept_layers: list[int] | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,6 +43,7 @@ class PlanReport:
 def plan_pruning(model: ModelArguments, prune: PruneConfig) -> PlanReport:
     """Sizes and parameter counts before and after; needs only the model's config."""
     config = read_config(model.model, revision=model.revision, trust_remote_code=model.trust_remote_code)
-    sizes = target_sizes(config, prune)
-    target = target_config(config, sizes)
-    return PlanReport(model.model, source_sizes(config), sizes, count_parameters(config), count_parameters(target))
+    sizes, source = target_sizes(config, prune), source_sizes(config)
+    counts = count_parameters(config), count_parameters(target_config(config, sizes))
+    combination = describe_combination(sizes, source)
+    return PlanReport(model.model, source, sizes, *counts, [combination] if combination else [])

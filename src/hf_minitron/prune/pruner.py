@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from hf_minitron.architectures import get_family
+from hf_minitron.architectures import get_family, get_head_dim
 from hf_minitron.checkpoint import (
     PLAN_FILE,
     Checkpoint,
@@ -34,32 +35,29 @@ from hf_minitron.checkpoint import (
 from hf_minitron.data import describe_source, fingerprint_rows
 from hf_minitron.hardware import fast_dtype, parse_dtype
 from hf_minitron.lineage import Stage, append_stage
-from hf_minitron.prune.calibration import is_text_source, load_calibration
+from hf_minitron.prune.calibration import check_rows, is_text_source, load_calibration
+from hf_minitron.prune.depth import check_num_dropped, check_scan_metric
 from hf_minitron.prune.importance import (
-    AXES,
-    ImportanceScores,
     check_aggregation,
     check_axes,
     check_batch_size,
+    check_neuron_signal,
     score_model,
 )
-from hf_minitron.prune.plan import (
-    PruneConfig,
-    PrunePlan,
-    count_parameters,
-    make_plan,
-    source_sizes,
-    target_config,
-    target_sizes,
-)
+from hf_minitron.prune.multiple_choice import load_questions
+from hf_minitron.prune.plan import PrunePlan, make_plan
+from hf_minitron.prune.scan import scan_questions, scan_rows
+from hf_minitron.prune.scores import AXES, ImportanceScores
+from hf_minitron.prune.target import PruneConfig, count_parameters, source_sizes, target_config, target_sizes
 from hf_minitron.prune.trim import Trimmer
 
+MAX_QUESTION_LENGTH = 4096  # tokens; of longer questions the beginning is cut off
 _WHICH_TEXT = ("config_name", "split", "text_column", "revision", "token")  # options of load_text that pick the text
 logger = logging.getLogger(__name__)
 
 
 class PrunerForCausalLM:
-    """Prunes a model of a supported family by width, the Minitron way (P1 arXiv 2407.14679, P2 arXiv 2408.11796).
+    """Prunes a model of a supported family by width and depth, the Minitron way (P1 2407.14679, P2 2408.11796).
 
     Opening reads headers only. The model itself is loaded when it is scored; trimming reads one tensor at a time::
 
@@ -142,6 +140,7 @@ class PrunerForCausalLM:
         *,
         axes: tuple[str, ...] = AXES,
         aggregation: tuple[str, str] = ("l2", "mean"),
+        neuron_signal: str = "down_proj_input",
         batch_size: int = 8,
         progress: bool = True,
         **how_to_read: Any,
@@ -153,21 +152,67 @@ class PrunerForCausalLM:
         """
         check_axes(axes)
         check_aggregation(aggregation)
+        check_neuron_signal(neuron_signal)
         check_batch_size(batch_size)
+        rows, described = self._read_rows(calibration, how_to_read)
+        scores = score_model(
+            self.model,
+            rows,
+            axes=axes,
+            aggregation=aggregation,
+            neuron_signal=neuron_signal,
+            batch_size=batch_size,
+            progress=progress,
+        )
+        scores.info |= {"model": self.source, **described, "dtype": str(self.model.dtype).removeprefix("torch.")}
+        self.scores = scores
+        return scores
+
+    def scan_layers(
+        self,
+        source: Any,
+        *,
+        num_dropped: int | Sequence[int],
+        metric: str = "lm_loss",
+        batch_size: int = 8,
+        progress: bool = True,
+        **how_to_read: Any,
+    ) -> ImportanceScores:
+        """Measures what is lost without each block of ``num_dropped`` contiguous layers (1: without each single layer).
+
+        The result joins the scores, where ``plan`` finds it. For the metrics ``lm_loss`` and ``block_importance``
+        ``source`` is calibration text or rows, as in ``score``; for ``accuracy`` it is a multiple-choice file or a task
+        of the lm-evaluation-harness, and ``how_to_read`` goes to ``load_questions`` (its metric as ``task_metric``).
+        """
+        lengths = check_num_dropped(num_dropped, self.config.num_hidden_layers)
+        check_scan_metric(metric)
+        check_batch_size(batch_size)
+        how_to_scan = {"num_dropped": lengths, "batch_size": batch_size, "progress": progress}
+        if metric == "accuracy":
+            longest = min(self.config.max_position_embeddings, MAX_QUESTION_LENGTH)
+            how_to_read["metric"] = how_to_read.pop("task_metric", "acc")
+            questions = load_questions(source, self.tokenizer, max_length=longest, **how_to_read)
+            moments = scan_questions(self.model, questions.questions, **how_to_scan)
+            described = {"task": questions.description}
+        else:
+            rows, described = self._read_rows(source, how_to_read)
+            moments = scan_rows(self.model, rows, metric=metric, **how_to_scan)
+            described |= {"num_samples": len(rows), "sequence_length": len(rows[0])}
+        if self.scores is None:
+            self.scores = ImportanceScores(("l2", "mean"), get_head_dim(self.config), info={"model": self.source})
+        self.scores.moments |= moments
+        self.scores.info["scans"] = self.scores.info.get("scans", {}) | dict.fromkeys(moments, described)
+        return self.scores
+
+    def _read_rows(self, calibration: Any, how_to_read: dict[str, Any]) -> tuple[list[list[int]], dict[str, Any]]:
+        """Rows of token ids, and what the lineage says of them."""
         described = {}
         if is_text_source(calibration):
             which = {key: how_to_read[key] for key in _WHICH_TEXT if key in how_to_read}
             described = {"calibration": describe_source(calibration, **which) | {"seed": how_to_read.get("seed", 0)}}
             calibration = load_calibration(calibration, self.tokenizer, self.config, **how_to_read)
-        rows = _as_rows(calibration, self.config.vocab_size)
-        scores = score_model(
-            self.model, rows, axes=axes, aggregation=aggregation, batch_size=batch_size, progress=progress
-        )
-        fingerprint = fingerprint_rows(Dataset.from_dict({"input_ids": rows}))
-        scores.info |= {"model": self.source, "fingerprint": fingerprint, **described}
-        scores.info["dtype"] = str(self.model.dtype).removeprefix("torch.")
-        self.scores = scores
-        return scores
+        rows = check_rows(calibration, self.config.vocab_size)
+        return rows, {"fingerprint": fingerprint_rows(Dataset.from_dict({"input_ids": rows})), **described}
 
     def plan(self, config: PruneConfig) -> PrunePlan:
         """Which indices stay, by the scores of the last ``score`` (or those set as ``pruner.scores``).
@@ -175,6 +220,8 @@ class PrunerForCausalLM:
         Sizes that the source or its config class cannot take are an error here, before anything is trimmed.
         """
         target_config(self.config, target_sizes(self.config, config))
+        if config.iterations > 1:
+            raise ValueError(f"iterations={config.iterations} scores between the steps: call plan_iteratively().")
         if self.scores is not None:
             _check_same_model(self.scores.info.get("model", {}), self.source)
         return make_plan(self.config, config, self.scores)
@@ -191,6 +238,13 @@ class PrunerForCausalLM:
         if generation_config is not None:
             model.generation_config = generation_config
         return model
+
+    def prune_in_memory(self, plan: PrunePlan) -> PrunerForCausalLM:
+        """A pruner of the pruned model, which lies where this one's model was scored; for pruning in steps."""
+        model = self.prune(plan).to(device=self.model.device, dtype=self.model.dtype)
+        smaller = PrunerForCausalLM(model)
+        smaller._tokenizer = self._tokenizer or (self.tokenizer if self._checkpoint else None)
+        return smaller
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the checkpoint that the last ``prune`` or ``set_plan`` describes, tensor by tensor.
@@ -231,6 +285,8 @@ class PrunerForCausalLM:
         stage.data = info.pop("calibration", None)
         stage.tokens = info.get("num_tokens")
         stage.settings = {"sizes": self._plan.sizes, "source_sizes": self._plan.source_sizes, **info}
+        if len(self._plan.kept_layers) < self.config.num_hidden_layers:
+            stage.settings["kept_layers"] = self._plan.kept_layers
         stage.metrics = {
             "source_parameters": count_parameters(self.config),
             "parameters": count_parameters(trimmer.config),
@@ -290,33 +346,3 @@ def _check_same_model(scored: dict[str, Any], source: dict[str, Any]) -> None:
             raise ValueError(
                 f"the scores are of {scored}, the model is {source}. Score this model, or give its own scores."
             )
-
-
-def _as_rows(calibration: Any, vocab_size: int) -> list[list[int]]:
-    """Rows of token ids, checked: of equal length, not empty, inside the vocabulary."""
-    rows = calibration["input_ids"] if hasattr(calibration, "column_names") else calibration
-    rows = [row.tolist() if isinstance(row, torch.Tensor) else row for row in rows]
-    if wrong := [
-        row for row in rows if not isinstance(row, list | tuple) or any(type(token) is not int for token in row)
-    ]:
-        raise TypeError(
-            f"a calibration row is {str(wrong[0])[:40]!r}: each must be a list of token ids. Give text as a "
-            "file, folder, Hub id or a data set with a text column."
-        )
-    lengths = {len(row) for row in rows}
-    if not rows or lengths == {0}:
-        raise ValueError(
-            "calibration is empty: importance needs at least one row of tokens. Give text or rows of token ids."
-        )
-    if len(lengths) > 1:
-        raise ValueError(
-            f"calibration rows have {min(lengths)} to {max(lengths)} tokens: padding would enter the scores, "
-            "so rows must be equally long. Pack them."
-        )
-    smallest, largest = min(map(min, rows)), max(map(max, rows))
-    if smallest < 0 or largest >= vocab_size:
-        raise ValueError(
-            f"calibration holds token {smallest if smallest < 0 else largest}, the model has vocab_size={vocab_size}: "
-            f"they were made by another tokenizer. Use the model's own."
-        )
-    return rows

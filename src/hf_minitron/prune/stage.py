@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any, Literal
 
 from hf_minitron.checkpoint import check_output_dir
-from hf_minitron.prune.importance import AXES, ImportanceScores, check_aggregation, check_axes, check_batch_size
-from hf_minitron.prune.plan import SIZE_OF, PruneConfig
+from hf_minitron.prune.depth import check_num_dropped, check_scan_metric
+from hf_minitron.prune.importance import check_aggregation, check_axes, check_batch_size
+from hf_minitron.prune.iterative import plan_iteratively
+from hf_minitron.prune.plan import SIZE_OF
 from hf_minitron.prune.preview import ModelArguments, PlanReport, plan_pruning
 from hf_minitron.prune.pruner import PrunerForCausalLM
+from hf_minitron.prune.scores import AXES, ImportanceScores
+from hf_minitron.prune.target import PruneConfig, source_sizes, target_sizes
 
 
 @dataclass
@@ -37,12 +42,52 @@ class CalibrationArguments:
     sequence_aggregation: str = field(
         default="mean", metadata={"help": "How scores are aggregated over a row's tokens: l2, mean or var."}
     )
+    neuron_signal: Literal["down_proj_input", "first_projection"] = field(
+        default="down_proj_input",
+        metadata={
+            "help": "Neurons are scored by the input of down_proj, or by the first projection's output (P1 2.2)."
+        },
+    )
     axes: list[str] = field(default_factory=lambda: list(AXES), metadata={"help": f"Axes to score: {' '.join(AXES)}."})
 
     def __post_init__(self) -> None:
         check_axes(self.axes)
         check_aggregation((self.batch_aggregation, self.sequence_aggregation))
         check_batch_size(self.batch_size)
+
+
+@dataclass
+class DepthTaskArguments:
+    """Which multiple-choice questions layers are judged by, where the metric is accuracy."""
+
+    depth_task: str = field(
+        default="winogrande",
+        metadata={
+            "help": "A task of the lm-evaluation-harness (its name, or a .yaml file), or a local .jsonl file with "
+            "context, choices and gold. The paper uses winogrande."
+        },
+    )
+    depth_task_metric: str = field(default="acc", metadata={"help": "acc, or acc_norm: by the choice's length."})
+    depth_num_questions: int | None = field(
+        default=None, metadata={"help": "Use so many questions, drawn at random (default: all)."}
+    )
+    depth_num_fewshot: int = field(default=0, metadata={"help": "Solved examples before each question."})
+
+
+@dataclass
+class ScanArguments:
+    """Which blocks of layers `score` leaves out, one after the other, beside scoring."""
+
+    num_dropped_layers: list[int] | None = field(
+        default=None,
+        metadata={"help": "Also measure what is lost without each block of so many layers; several numbers: each."},
+    )
+    depth_metric: str = field(
+        default="lm_loss", metadata={"help": "How that is measured: lm_loss, accuracy or block_importance."}
+    )
+
+    def __post_init__(self) -> None:
+        check_scan_metric(self.depth_metric)
 
 
 @dataclass
@@ -67,8 +112,15 @@ class PruneOutput:
     overwrite: bool = field(default=False, metadata={"help": "Replace output_dir if it is not empty."})
 
 
-def score_checkpoint(model: ModelArguments, calibration: CalibrationArguments, output: ScoreOutput) -> ImportanceScores:
-    """Scores a checkpoint and writes the scores to a file."""
+def score_checkpoint(
+    model: ModelArguments,
+    calibration: CalibrationArguments,
+    output: ScoreOutput,
+    scan: ScanArguments | None = None,
+    task: DepthTaskArguments | None = None,
+) -> ImportanceScores:
+    """Scores a checkpoint, scans its layers if asked to, and writes the scores to a file."""
+    scan, task = scan or ScanArguments(), task or DepthTaskArguments()
     path = Path(output.output_file)
     if path.is_dir():
         raise IsADirectoryError(
@@ -77,47 +129,109 @@ def score_checkpoint(model: ModelArguments, calibration: CalibrationArguments, o
     _check_calibration(calibration)
     path.parent.mkdir(parents=True, exist_ok=True)
     pruner = _open(model)
+    if scan.num_dropped_layers is not None:
+        check_num_dropped(scan.num_dropped_layers, pruner.config.num_hidden_layers)
     scores = _score(pruner, calibration)
+    if scan.num_dropped_layers is not None:
+        scores = _scan(pruner, scan.num_dropped_layers, scan.depth_metric, calibration, task)
     scores.save(path)
     return scores
 
 
 def prune_checkpoint(
-    model: ModelArguments, calibration: CalibrationArguments, prune: PruneConfig, output: PruneOutput
+    model: ModelArguments,
+    calibration: CalibrationArguments,
+    prune: PruneConfig,
+    output: PruneOutput,
+    task: DepthTaskArguments | None = None,
 ) -> PlanReport:
-    """Scores (unless scores are given, or none are needed), plans, trims and writes the smaller checkpoint."""
+    """Scores and scans as far as needed and not given, plans, trims and writes the smaller checkpoint."""
+    task = task or DepthTaskArguments()
     check_output_dir(output.output_dir, output.overwrite)
     report = plan_pruning(model, prune)  # from the config alone: sizes are checked before weights are fetched
     if report.sizes == report.source_sizes:
         raise ValueError(
-            f"nothing to prune: the sizes asked for are the source's, {report.sizes}. Give a smaller --hidden-size "
-            "or --intermediate-size."
+            f"nothing to prune: the sizes asked for are the source's, {report.sizes}. Give a smaller --hidden-size, "
+            "--intermediate-size or --num-hidden-layers."
         )
+    needs = _find_needs(prune, report.source_sizes, report.sizes)
+    if output.scores is not None and prune.iterations > 1:
+        raise ValueError(
+            f"iterations={prune.iterations} scores anew before each step: give --calibration-dataset, not --scores."
+        )
+    if output.scores is None:
+        _check_needs(needs, calibration)
     scores = None if output.scores is None else ImportanceScores.load(output.scores)
-    needs_scores = scores is None and prune.method != "random"
-    if needs_scores:
-        _check_calibration(calibration)
-        _check_scored_axes(calibration, report)
     pruner = _open(model, output.dtype, output.device_map)
-    pruner.scores = _score(pruner, calibration) if needs_scores else scores
-    pruner.set_plan(pruner.plan(prune))
+    pruner.scores = scores
+
+    def measure(pruner: PrunerForCausalLM, prune: PruneConfig) -> None:
+        _measure(pruner, prune, calibration, task)
+
+    if prune.iterations > 1:
+        plan = plan_iteratively(pruner, prune, measure)
+    else:
+        if output.scores is None:
+            measure(pruner, prune)
+        plan = pruner.plan(prune)
+    pruner.set_plan(plan)
     pruner.save_pretrained(output.output_dir, overwrite=output.overwrite)
-    return report
+    return replace(report, kept_layers=plan.kept_layers)
+
+
+@dataclass(frozen=True)
+class _Needs:
+    """What a plan has to know: axes to score, and the scan of layers (metric and block length)."""
+
+    axes: list[str]
+    scan: tuple[str, int] | None
+
+    @property
+    def text(self) -> bool:
+        return bool(self.axes) or (self.scan is not None and self.scan[0] != "accuracy")
+
+
+def _find_needs(prune: PruneConfig, source: dict[str, int], sizes: dict[str, int]) -> _Needs:
+    if prune.method == "random":
+        return _Needs([], None)
+    axes = [axis for axis, key in SIZE_OF.items() if sizes[key] < source[key]]
+    num_dropped = source["num_hidden_layers"] - sizes["num_hidden_layers"]
+    if not num_dropped or prune.drop_layers is not None:
+        return _Needs(axes, None)
+    length = num_dropped if prune.depth_pattern == "contiguous" else 1
+    if (prune.depth_metric, length) == ("block_importance", 1):
+        return _Needs([*axes, "layers"], None)  # part of the scoring pass
+    return _Needs(axes, (prune.depth_metric, length))
+
+
+def _check_needs(needs: _Needs, calibration: CalibrationArguments) -> None:
+    """Every axis that shrinks is to be scored, and what is read off text needs text; said before the scoring."""
+    if needs.text:
+        _check_calibration(calibration)
+    if missing := [axis for axis in needs.axes if axis not in calibration.axes]:
+        size = SIZE_OF.get(missing[0], "num_hidden_layers")
+        raise ValueError(
+            f"axes={' '.join(calibration.axes)}: {size} shrinks, which needs importance of {missing[0]}"
+            f". Use --axes {' '.join(needs.axes)}."
+        )
+
+
+def _measure(
+    pruner: PrunerForCausalLM, prune: PruneConfig, calibration: CalibrationArguments, task: DepthTaskArguments
+) -> None:
+    """Scores the model of ``pruner`` and scans its layers, as far as ``prune`` needs."""
+    needs = _find_needs(prune, source_sizes(pruner.config), target_sizes(pruner.config, prune))
+    pruner.scores = None
+    if needs.axes:
+        _score(pruner, calibration)
+    if needs.scan is not None:
+        metric, num_dropped = needs.scan
+        _scan(pruner, [num_dropped], metric, calibration, task)
 
 
 def _check_calibration(calibration: CalibrationArguments) -> None:
     if calibration.calibration_dataset is None:
         raise ValueError("importance is measured on text: give --calibration-dataset, or --scores, or --method random.")
-
-
-def _check_scored_axes(calibration: CalibrationArguments, report: PlanReport) -> None:
-    """Every axis that shrinks is to be scored; said before the scoring."""
-    shrinking = [axis for axis, key in SIZE_OF.items() if report.sizes[key] < report.source_sizes[key]]
-    if missing := [axis for axis in shrinking if axis not in calibration.axes]:
-        raise ValueError(
-            f"axes={' '.join(calibration.axes)}: {SIZE_OF[missing[0]]} shrinks, which needs importance of {missing[0]}"
-            f". Use --axes {' '.join(shrinking)}."
-        )
 
 
 def _open(model: ModelArguments, dtype: str = "auto", device_map: str | None = None) -> PrunerForCausalLM:
@@ -135,11 +249,38 @@ def _score(pruner: PrunerForCausalLM, calibration: CalibrationArguments) -> Impo
         calibration.calibration_dataset,
         axes=tuple(calibration.axes),
         aggregation=(calibration.batch_aggregation, calibration.sequence_aggregation),
+        neuron_signal=calibration.neuron_signal,
         batch_size=calibration.batch_size,
-        num_samples=calibration.num_samples,
-        sequence_length=calibration.sequence_length,
-        seed=calibration.calibration_seed,
-        config_name=calibration.calibration_config,
-        split=calibration.calibration_split,
-        text_column=calibration.text_column,
+        **_how_to_read(calibration),
     )
+
+
+def _scan(
+    pruner: PrunerForCausalLM,
+    num_dropped: list[int],
+    metric: str,
+    calibration: CalibrationArguments,
+    task: DepthTaskArguments,
+) -> ImportanceScores:
+    how = {"num_dropped": num_dropped, "metric": metric, "batch_size": calibration.batch_size}
+    if metric != "accuracy":
+        return pruner.scan_layers(calibration.calibration_dataset, **how, **_how_to_read(calibration))
+    return pruner.scan_layers(
+        task.depth_task,
+        **how,
+        task_metric=task.depth_task_metric,
+        num_questions=task.depth_num_questions,
+        num_fewshot=task.depth_num_fewshot,
+        seed=calibration.calibration_seed,
+    )
+
+
+def _how_to_read(calibration: CalibrationArguments) -> dict[str, Any]:
+    return {
+        "num_samples": calibration.num_samples,
+        "sequence_length": calibration.sequence_length,
+        "seed": calibration.calibration_seed,
+        "config_name": calibration.calibration_config,
+        "split": calibration.calibration_split,
+        "text_column": calibration.text_column,
+    }

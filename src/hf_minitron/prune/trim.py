@@ -1,6 +1,7 @@
-"""Tensor surgery: the kept rows and columns of every tensor, nothing else.
+"""Tensor surgery: the kept layers, and the kept rows and columns of their tensors, nothing else.
 
-Pure slicing, as in the papers: ``method="minitron"`` rescales nothing, also not the norms whose divisor changes.
+Pure slicing, as in the papers: ``method="minitron"`` rescales nothing, also not the norms whose divisor changes. The
+one exception is the papers' own: the head residual (P1 2.3), when the plan has one.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from transformers import PreTrainedConfig
 
 from hf_minitron.architectures import WHOLE_AXES, get_family, get_head_dim
 from hf_minitron.checkpoint import TensorSource, check_finite
-from hf_minitron.prune.plan import PrunePlan, build_empty, target_config
+from hf_minitron.prune.plan import PrunePlan
+from hf_minitron.prune.target import build_empty, target_config
 
 
 class Trimmer:
@@ -30,7 +32,7 @@ class Trimmer:
         plan: PrunePlan,
         dtype: torch.dtype | None = None,
     ):
-        config = target_config(source_config, plan.sizes)
+        config = target_config(source_config, plan.sizes, plan.kept_layers)
         empty = build_empty(config)
         self.source, self.config, self.plan, self.dtype = source, config, plan, dtype
         self.family, self.head_dim = get_family(config), get_head_dim(source_config)
@@ -52,22 +54,31 @@ class Trimmer:
 
     def trim(self, name: str) -> torch.Tensor:
         """The target's tensor ``name``."""
-        tensor = check_finite(name, self._read(name))
-        if tuple(tensor.shape) != self.source_shapes[name]:
+        origin = self.origin(name)
+        tensor = check_finite(origin, self._read(origin))
+        if tuple(tensor.shape) != self.source_shapes[origin]:
             raise ValueError(
-                f"{name} has shape {tuple(tensor.shape)}, config.json of the source says {self.source_shapes[name]}: "
-                f"they do not belong together. Fetch the checkpoint again."
+                f"{origin} has shape {tuple(tensor.shape)}, config.json of the source says "
+                f"{self.source_shapes[origin]}: they do not belong together. Fetch the checkpoint again."
             )
         layer, _ = self.family.split_layer(name)
-        for dim, axis in enumerate(self.family.axes(name)):
+        axes = self.family.axes(name)
+        if layer is not None and self.plan.head_residuals:
+            tensor = add_head_residuals(tensor, axes[0], self.plan, layer, self.head_dim)
+        for dim, axis in enumerate(axes):
             tensor = select(tensor, dim, kept_indices(self.plan, axis, layer, self.head_dim))
         assert tuple(tensor.shape) == self.shapes[name], name
         return tensor if self.dtype is None else tensor.to(self.dtype)
 
+    def origin(self, name: str) -> str:
+        """The source's name of the target's tensor ``name``: kept layers are numbered anew."""
+        layer, inner = self.family.split_layer(name)
+        return name if layer is None else self.family.layer_name(self.plan.kept_layers[layer], inner)
+
     @property
     def sizes(self) -> dict[str, int]:
         """Bytes of every tensor, by the dtype asked for or else the one it is stored in."""
-        dtypes = {name: self.dtype or self.source.dtype(self._stored_name(name)) for name in self.shapes}
+        dtypes = {name: self.dtype or self.source.dtype(self._stored_name(self.origin(name))) for name in self.shapes}
         return {name: math.prod(shape) * dtypes[name].itemsize for name, shape in self.shapes.items()}
 
     def _read(self, name: str) -> torch.Tensor:
@@ -98,7 +109,8 @@ class Trimmer:
 def kept_indices(plan: PrunePlan, axis: str, layer: int | None, head_dim: int) -> torch.Tensor | None:
     """Source indices kept along one axis of a tensor, or None where all are kept (``vocab``, ``head_dim``).
 
-    Along an axis of stacked projections (``q+kv+kv``) these are the indices of each, shifted to where it begins.
+    ``layer`` counts the target's layers, as the plan's lists do. Along an axis of stacked projections (``q+kv+kv``)
+    these are the indices of each, shifted to where it begins.
     """
     if axis in WHOLE_AXES:
         return None
@@ -120,6 +132,28 @@ def _kept_of_one(plan: PrunePlan, axis: str, layer: int | None, head_dim: int) -
     heads = plan.kept_heads[layer] if queries else plan.kept_key_value_heads[layer]
     rows = (torch.tensor(heads)[:, None] * head_dim + torch.arange(head_dim)).flatten()
     return rows, plan.source_sizes["num_attention_heads" if queries else "num_key_value_heads"] * head_dim
+
+
+def add_head_residuals(tensor: torch.Tensor, axis: str, plan: PrunePlan, layer: int, head_dim: int) -> torch.Tensor:
+    """head_kept += head_kept − head_removed for the plan's pairs (P1 2.3), in the rows of query heads; else unchanged.
+
+    Rows of keys and values take part only without grouping, where every query head has its own; shared ones stay.
+    ``axis`` is that of the tensor's rows, stacked perhaps; computed in fp32 and rounded once.
+    """
+    parts, begin = axis.split("+"), 0
+    ungrouped = plan.source_sizes["num_attention_heads"] == plan.source_sizes["num_key_value_heads"]
+    residual = ("q", "kv") if ungrouped else ("q",)
+    if not set(parts) & set(residual):
+        return tensor
+    result = tensor.clone()
+    for part in parts:
+        _, length = _kept_of_one(plan, part, layer, head_dim)
+        if part in residual:
+            for kept, removed in plan.head_residuals[layer]:
+                rows = [slice(begin + head * head_dim, begin + (head + 1) * head_dim) for head in (kept, removed)]
+                result[rows[0]] = (2 * tensor[rows[0]].float() - tensor[rows[1]].float()).to(tensor.dtype)
+        begin += length
+    return result
 
 
 def select(tensor: torch.Tensor, dim: int, indices: torch.Tensor | None) -> torch.Tensor:
