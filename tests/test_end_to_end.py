@@ -8,8 +8,9 @@ import pytest
 
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
+from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput
 from hf_minitron.prune.preview import ModelArguments
-from hf_minitron.prune.stage import CalibrationArguments, PruneOutput, prune_checkpoint
+from hf_minitron.prune.stage import prune_checkpoint
 from hf_minitron.prune.target import PruneConfig
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"

@@ -28,15 +28,10 @@ from hf_minitron.data import load_text
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.stage import DistillArguments, DistillReport, distill_checkpoint
 from hf_minitron.evaluate.perplexity import PerplexityResult, evaluate_perplexity
+from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput, ScoreOutput
 from hf_minitron.prune.importance import ImportanceScores
 from hf_minitron.prune.preview import ModelArguments
-from hf_minitron.prune.stage import (
-    CalibrationArguments,
-    PruneOutput,
-    ScoreOutput,
-    prune_checkpoint,
-    score_checkpoint,
-)
+from hf_minitron.prune.stage import prune_checkpoint, score_checkpoint
 from hf_minitron.prune.target import PruneConfig
 from hf_minitron.publish.plots import plot_importance, plot_losses
 from hf_minitron.publish.tables import markdown_table

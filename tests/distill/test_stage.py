@@ -9,11 +9,12 @@ import torch
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill import stage
+from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.stage import DistillArguments, distill_checkpoint, load_inputs
+from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput
 from hf_minitron.prune.preview import ModelArguments
-from hf_minitron.prune.stage import CalibrationArguments, PruneOutput, prune_checkpoint
+from hf_minitron.prune.stage import prune_checkpoint
 from hf_minitron.prune.target import PruneConfig
 
 

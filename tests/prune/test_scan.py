@@ -202,6 +202,16 @@ def test_accuracy_is_that_of_the_pruned_models(build_model, family_name, batch_s
 # Bad input
 
 
+@torch.no_grad()
+def test_a_model_that_gives_nan_is_refused(build_model, rows):
+    model = build_model()
+    model.lm_head.weight[5] = torch.nan
+    with pytest.raises(ValueError, match="log-probabilities are NaN or Inf"):
+        scan_rows(model, rows, num_dropped=1, progress=False)
+    with pytest.raises(ValueError, match="log-probabilities are NaN or Inf"):
+        scan_questions(model, make_questions(), num_dropped=1, progress=False)
+
+
 def test_what_is_refused(build_model, rows):
     model = build_model()
     for wrong in (0, 3, -1, [], [1, 3], 1.5, True):

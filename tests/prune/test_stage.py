@@ -13,16 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, MptCo
 from hf_minitron.architectures import FAMILIES
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.lineage import read_lineage
+from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput, ScoreOutput
 from hf_minitron.prune.importance import ImportanceScores
 from hf_minitron.prune.preview import ModelArguments, plan_pruning
 from hf_minitron.prune.pruner import PLAN_FILE
-from hf_minitron.prune.stage import (
-    CalibrationArguments,
-    PruneOutput,
-    ScoreOutput,
-    prune_checkpoint,
-    score_checkpoint,
-)
+from hf_minitron.prune.stage import prune_checkpoint, score_checkpoint
 from hf_minitron.prune.target import PruneConfig
 
 HALF = PruneConfig(hidden_size=12, intermediate_size=16, num_attention_heads=4)

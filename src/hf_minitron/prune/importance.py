@@ -74,6 +74,16 @@ def aggregate_sequence(activation: torch.Tensor, statistic: str) -> torch.Tensor
     return activation.norm(dim=1)
 
 
+def mean_cosine(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
+    """Cosine of two states (rows, tokens, channels), mean over tokens: (rows,); 0 where a state is zero.
+
+    Written out: ``torch.cosine_similarity`` takes three times as long on a CPU, most of what scoring costs.
+    """
+    before, after = before.float(), after.float()
+    lengths = before.norm(dim=-1) * after.norm(dim=-1)
+    return ((before * after).sum(-1) / lengths.clamp_min(torch.finfo(torch.float32).tiny)).mean(1)
+
+
 def check_axes(axes: Iterable[str]) -> tuple[str, ...]:
     """The axes in canonical order; an unknown one is an error."""
     axes = (axes,) if isinstance(axes, str) else tuple(axes)
@@ -147,8 +157,7 @@ def _on_layer(layer: torch.nn.Module, moments: Moments):
     def hook(module, args, kwargs, output):
         before = args[0] if args else kwargs["hidden_states"]
         after = output[0] if isinstance(output, tuple) else output
-        cosine = torch.cosine_similarity(before.float(), after.float(), dim=-1)
-        moments.add(cosine.mean(1, keepdim=True))
+        moments.add(mean_cosine(before, after)[:, None])
 
     return layer.register_forward_hook(hook, with_kwargs=True)
 

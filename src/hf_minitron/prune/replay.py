@@ -59,6 +59,11 @@ class LayerReplay:
                 counted = scored[rows][:, positions]
                 sums[rows] += (chunk * counted).sum(1)
                 greedy[rows] &= (is_best | ~counted).all(1)
+        if not torch.isfinite(sums).all():
+            raise ValueError(
+                "log-probabilities are NaN or Inf, so nothing can be ranked. Check the checkpoint's weights, or use a "
+                "wider dtype (float32)."
+            )
         return sums, greedy
 
     def _chunk_log_probs(self, states: Tensor, rows: Tensor, positions: Tensor) -> tuple[Tensor, Tensor]:

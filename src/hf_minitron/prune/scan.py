@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from hf_minitron.prune.depth import METRICS, check_num_dropped, check_scan_metric, removal_key
-from hf_minitron.prune.importance import check_batch_size
+from hf_minitron.prune.importance import check_batch_size, mean_cosine
 from hf_minitron.prune.replay import LayerReplay
 from hf_minitron.prune.scores import Moments
 
@@ -134,8 +134,8 @@ def _cosines(replay: LayerReplay, lengths: Sequence[int]) -> dict[int, Tensor]:
         entered.append(replay.run(layer, entered[-1]))
         for n in lengths:
             if layer + 1 >= n:
-                before, after = entered[-1 - n].float(), entered[-1].float()
-                found[n].append(1 - torch.cosine_similarity(before.to(after.device), after, dim=-1).mean(1).cpu())
+                before, after = entered[-1 - n].to(entered[-1].device), entered[-1]
+                found[n].append(1 - mean_cosine(before, after).cpu())
     intact = torch.zeros(len(replay.input_ids))
     return {n: torch.stack([*values, intact], dim=1) for n, values in found.items()}
 

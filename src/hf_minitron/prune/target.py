@@ -128,8 +128,7 @@ def target_config(
         reason = str(error).strip().splitlines()[-1].strip()
         changed = ", ".join(f"{key}={size}" for key, size in sizes.items() if size != getattr(config, key))
         raise ValueError(
-            f"{type(config).__name__} cannot represent {changed}: {reason} "
-            f"{_nearest_hidden_sizes(config, values)}"
+            f"{type(config).__name__} cannot represent {changed}: {reason} {_nearest_hidden_sizes(config, values)}"
         ) from None
 
 
