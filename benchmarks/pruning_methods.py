@@ -1,6 +1,6 @@
-"""Question: which way of pruning leaves the most, before any retraining, at equal parameters?
+"""Claim: what the papers found about choosing what to prune shows on a small model too, at equal parameters.
 
-Measures  held-out loss of the quickstart's teacher after pruning: random, each of P1's nine aggregations, both signals
+Measures  held-out loss of the quickstart's teacher after pruning, without retraining: random, each of P1's nine aggregations, both signals
           of neurons, head residual, several steps, and for depth each criterion, contiguous and scattered; for depth
           also the accuracy on held-out multiple-choice questions (which of four lines comes next), the metric that P2
           chooses layers by. Mean and standard error over calibration seeds; loss differences are against the first row.

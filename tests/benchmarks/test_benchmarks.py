@@ -18,6 +18,7 @@ TINY = {
     "--num-key-value-heads 2 --vocab-size 61 --rows 5 --tokens 16 --batch-size 2 --repeats 2",
     "kd_head": "--tokens 1024 --vocab 4096 --hidden-student 32 --hidden-teacher 48 --repeats 2 "
     "--check-tokens 16 --check-vocab 512",
+    "pruning_methods": "--num-layers-dropped 4 --seeds 2 --rows 2 --questions 3 --eval-tokens 200",
 }
 
 
@@ -95,3 +96,17 @@ def test_kd_head_prints_a_table_and_names_methods_that_are_missing(monkeypatch, 
 @pytest.mark.parametrize("name", TINY)
 def test_a_benchmark_opens_with_its_claim(name):
     assert (BENCHMARKS / f"{name}.py").read_text(encoding="utf-8").startswith('"""Claim: ')
+
+
+def test_pruning_methods():
+    facts = json.loads(run("pruning_methods", "--json"))
+    teacher, methods = facts["teacher"], facts["methods"]
+    assert {name.partition(":")[0] for name in methods} == {"width", "heads", "depth"}
+    aggregations = {name for name in methods if name.startswith("width: (")}
+    assert len(aggregations) == 9, "P1 Table 13 has nine"
+    assert len([name for name in methods if name.startswith("depth: ")]) == 8
+    for name, values in methods.items():
+        assert len(values["loss"]) == len(values["accuracy"]) == 2
+        assert min(values["loss"]) > teacher["loss"] and values["parameters"] < teacher["parameters"]
+        if not name.startswith("heads"):  # width and depth at equal parameters
+            assert values["parameters"] == pytest.approx(4_131_072, rel=1e-3)
