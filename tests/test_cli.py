@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -42,13 +43,13 @@ def test_every_command_has_help_for_every_option(name, capsys):
 
 def test_unknown_commands_and_options_are_refused(capsys, tiny_checkpoint):
     assert run("prun") == 2
-    assert "plan, score, prune" in capsys.readouterr().err
+    assert "plan, score, " in capsys.readouterr().err
     assert run("plan", tiny_checkpoint, "--hiden-size", 16) == 2
     assert (
         "--hiden-size is no option" in (message := capsys.readouterr().err) and "Did you mean --hidden-size" in message
     )
     assert run("plan", tiny_checkpoint, "another") == 2
-    assert "takes one MODEL" in capsys.readouterr().err
+    assert "takes MODEL first, then options" in capsys.readouterr().err
 
 
 def test_plan_prints_sizes_and_the_next_command(capsys, tiny_checkpoint):
@@ -96,6 +97,36 @@ def test_ctrl_c_leaves_nothing_under_the_outputs_name(tmp_path, monkeypatch, cap
     assert "stopped" in capsys.readouterr().err
 
 
+def test_score_files_are_merged_shown_and_plotted(tmp_path, capsys, tiny_checkpoint, tiny_text):
+    files = [tmp_path / f"{seed}.safetensors" for seed in (0, 1)]
+    for seed, file in enumerate(files):
+        words = ["--num-samples", 4, "--sequence-length", 16, "--calibration-seed", seed, "--output-file", file]
+        words += ["--neuron-signal", "first_projection", "--num-dropped-layers", 1]
+        assert run("score", tiny_checkpoint, "--calibration-dataset", tiny_text, *words) == 0
+    capsys.readouterr()
+    merged, plots = tmp_path / "merged.safetensors", tmp_path / "plots"
+    assert run("scores", *files, "--output-file", merged, "--plot-dir", plots) == 0
+    text = capsys.readouterr().out
+    for line in (
+        r"| scores +| +2 files, merged |",
+        r"| rows +| +8 |",
+        r"| neuron signal +| +first_projection |",
+        r"| 8 of 32 +| +\d\d\.\d % |",
+        r"| lm_loss, blocks of 1 +| +layer [01] |",
+    ):
+        assert re.search(line.replace("|", r"\|"), text), text
+    assert text.rstrip().endswith(f"Wrote {merged} and {plots}")
+    assert sorted(path.name for path in plots.iterdir()) == ["heads.png", "hidden.png", "layers.png", "neurons.png"]
+    assert run("scores", merged, "--plot-dir", tmp_path / "again", "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert (facts["num_samples"], facts["neuron_signal"], len(facts["layers"])) == (8, "first_projection", 2)
+    assert (tmp_path / "again" / "layers.png").is_file()
+    assert run("scores", merged, files[1]) == 2
+    assert "1.safetensors: scores cannot be merged: both hold the rows" in capsys.readouterr().err
+    assert run("scores", merged, "--plot-dir", plots, "another") == 2
+    assert "takes FILES first, then options" in capsys.readouterr().err
+
+
 def test_the_chain_from_scores_to_a_measured_student(tmp_path, capsys, tiny_checkpoint, tiny_text, held_out_text):
     scores, pruned, student = tmp_path / "scores.safetensors", tmp_path / "pruned", tmp_path / "student"
     rows = ["--num-samples", 8, "--sequence-length", 32]
@@ -111,5 +142,52 @@ def test_the_chain_from_scores_to_a_measured_student(tmp_path, capsys, tiny_chec
     assert json.loads(capsys.readouterr().out)["num_documents"] == 30
     stages = json.loads((student / "minitron.json").read_text())["stages"]
     assert [stage["stage"] for stage in stages] == ["prune", "distill", "evaluate"]
+    assert stages[0]["settings"]["neuron_signal"] == "down_proj_input"
     model = AutoModelForCausalLM.from_pretrained(student)
     assert (model.config.hidden_size, model.dtype) == (16, torch.bfloat16)
+
+
+def test_search_lists_what_fits_from_the_config_alone(tmp_path, capsys, tiny_checkpoint):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((tiny_checkpoint / "config.json").read_bytes())
+    words = ["search", tmp_path / "model", "--budget", "1.75e4", "--tolerance", 0.12, "--intermediate-factor", 2, 1.5]
+    words += ["--num-hidden-layers", 1, 2, "--hidden-size", 16, 24]
+    assert run(*words) == 0
+    text = capsys.readouterr().out
+    assert text.startswith("2 of 8 combinations fit total: 17,500 parameters within 12 %")
+    assert re.search(r"\| 2 +\| +16 \| +32 \|", text) and "--dataset" in text
+    assert text.splitlines()[-1].startswith("Next, for the first of them: hf-minitron prune")
+    file = tmp_path / "search.yaml"
+    file.write_text("budget: 1.0e+6\nbudget_on: memory\nhidden_size: [16, 24]\ntolerance: 1.0\n")
+    assert run("search", tmp_path / "model", "--config", file, "--budget-context-length", 10, "--json") == 0
+    facts = json.loads(capsys.readouterr().out)
+    assert [c["sizes"]["hidden_size"] for c in facts["listing"]["candidates"]] == [16, 24]
+    cache = 2 * 2 * 2 * 8 * 10 * 2  # layers, keys and values, groups, head_dim, tokens, bytes of bf16
+    assert all(c["cost"] == 2 * c["total"] + cache for c in facts["listing"]["candidates"])
+    assert [path.name for path in (tmp_path / "model").iterdir()] == ["config.json"]
+
+
+def test_search_says_what_is_wrong(tmp_path, capsys, tiny_checkpoint):
+    words = ["search", tiny_checkpoint, "--hidden-size", 16, 24]
+    for options, message in (
+        (["--budget", 1], "none of 2 combinations fits total: 1 parameters within 5 %.\nThe nearest:\n  layers2"),
+        (["--budget", 1e4, "--tolerance", 0], "tolerance=0.0: it is a share of the budget above 0"),
+        (["--budget", 1e4, "--budget-on", "flops"], "budget_on='flops' is unknown. Use one of total"),
+        (["--budget", 1e4, "--output-dir", tmp_path], "--output-dir without --dataset"),
+        (["--budget", 1e4, "--dataset", "x.txt"], "which needs --eval-dataset and --output-dir too"),
+        (["--budget", 9, "--budget-on", "latency"], "make 2176 tokens; the model takes 64"),
+    ):
+        assert run(*words, *options) == 2
+        assert message in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stopped_search_says_how_to_go_on(tmp_path, capsys, monkeypatch, tiny_checkpoint):
+    import hf_minitron.ranking.stage as stage
+
+    def interrupted(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(stage, "list_candidates", interrupted)
+    assert run("search", tiny_checkpoint, "--budget", 1e4, "--hidden-size", 16) == 130
+    assert "the same command goes on" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from accelerate import PartialState
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -144,3 +145,17 @@ def test_students_that_share_inputs_train_as_if_alone(tmp_path, arguments, monke
         assert report.metrics == alone.metrics and losses(report) == losses(alone)
     first, second = (tmp_path / name / "model.safetensors" for name in ("alone", "second"))
     assert first.read_bytes() == second.read_bytes()
+
+
+def test_settings_leave_the_process_group_as_it_is(tmp_path, arguments, monkeypatch):
+    """Another config made on the way would reset it: two processes would then train alone and write over each other."""
+    config = settings(tmp_path / "student", average_tokens_across_devices=True, bf16_full_eval=False, adam_beta2=0.95)
+
+    def fail(*arguments, **options):
+        raise AssertionError("the state was reset")
+
+    monkeypatch.setattr(PartialState, "_reset_state", fail)
+    told = stage._settings(arguments(), config)
+    assert told["max_steps"] == 4 and told["learning_rate"] == 5e-3 and told["warmup_steps"] == 40
+    assert told["adam_beta2"] == 0.95
+    assert not {"adam_beta1", "bf16_full_eval", "average_tokens_across_devices", "accelerator_config"} & set(told)

@@ -6,13 +6,14 @@ import copy
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset, IterableDataset
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hf_minitron.evaluate import perplexity
-from hf_minitron.evaluate.perplexity import evaluate_perplexity
+from hf_minitron.evaluate.perplexity import evaluate_perplexity, ratio_standard_error, row_losses
 
 TEXTS = [
     "Once upon a time there was a small model.",
@@ -264,3 +265,31 @@ def test_nan_is_an_error_and_the_mode_is_restored(model, tiny_tokenizer):
     with pytest.raises(ValueError, match="loss=nan"):
         evaluate_perplexity(model, tiny_tokenizer, TEXTS[:1])
     assert model.training
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_row_losses_are_those_of_every_row(model, batch_size):
+    rows = torch.randint(0, 300, (5, 12), generator=torch.Generator().manual_seed(0)).tolist()
+    nats = row_losses(model, rows, batch_size=batch_size)
+    assert nats == pytest.approx([direct_losses(model, row).sum().item() for row in rows], rel=1e-6)
+
+
+def test_the_paired_error_is_that_of_the_differences_and_forgets_what_rows_share():
+    generator = np.random.default_rng(0)
+    hard, one, other = generator.normal(40, 10, 200), generator.normal(0, 0.5, 200), generator.normal(1, 0.5, 200)
+    tokens = np.full(200, 20)
+    difference = (other - one) / 20
+    expected = difference.std(ddof=1) / math.sqrt(200)
+    assert ratio_standard_error((hard + other) - (hard + one), tokens) == pytest.approx(expected)
+    assert ratio_standard_error(hard + one, tokens) > 10 * expected
+    assert ratio_standard_error(hard[:1], tokens[:1]) is None
+
+
+def test_rows_without_a_prediction_and_nan_are_refused(model):
+    for rows in ([], [[1, 2], [3]]):
+        with pytest.raises(ValueError, match="two tokens"):
+            row_losses(model, rows)
+    with torch.no_grad():
+        model.model.norm.weight[0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        row_losses(model, [[1, 2, 3]])

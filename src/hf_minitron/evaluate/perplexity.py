@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -30,8 +30,7 @@ LOGIT_BYTES = 1 << 28  # of fp32 logits alive at a time
 class PerplexityResult:
     """``loss`` is in nats per scored token; ``standard_error`` is that of the loss over documents (None for one).
 
-    Documents are taken as drawn independently and weighted by their tokens: with S_d nats over n_d tokens and
-    L = ΣS_d / Σn_d, it is √(D/(D−1) · Σ(S_d − L·n_d)²) / Σn_d, the usual one of a ratio.
+    Documents are taken as drawn independently and weighted by their tokens (``ratio_standard_error``).
     ``bits_per_byte`` counts the UTF-8 bytes of the scored tokens, so it compares models with different tokenizers.
     """
 
@@ -92,24 +91,35 @@ def evaluate_perplexity(
     windows = [w for number, d in enumerate(documents) for w in _windows(number, len(d.ids), context_length, stride)]
     if not windows:
         raise ValueError("texts hold no token to score: give at least one document that is not empty.")
-    windows.sort(key=lambda window: window.begin - window.end)  # longest first: little padding, and memory fails early
-    nats = np.zeros(len(documents))
-    num_tokens = sum(len(document.ids) - 1 for document in documents)
-    bar = tqdm(total=num_tokens, desc="perplexity", unit=" tokens", disable=None if progress else True)
-    with bar, _evaluating(model):
-        score = _score_scored_only if _head_is_plain(model, documents[0].ids[:8]) else _score_one_by_one
-        for start in range(0, len(windows), batch_size):
-            batch = windows[start : start + batch_size]
-            losses = score(model, [documents[window.document].ids for window in batch], batch)
-            counts = [window.end - window.score_from for window in batch]
-            np.add.at(nats, np.repeat([window.document for window in batch], counts), losses)
-            bar.update(len(losses))
-            if not np.isfinite(losses).all():
-                raise ValueError(
-                    f"loss={losses.mean()} over {len(losses)} tokens: the logits are not finite. Check the weights for "
-                    "NaN, or load the model in bfloat16 or float32 instead of float16."
-                )
+    nats = _score_windows(model, [document.ids for document in documents], windows, batch_size, progress)
     return _summarize(nats, documents, context_length, stride)
+
+
+def row_losses(
+    model: PreTrainedModel, rows: Sequence[Sequence[int]], *, batch_size: int = 8, progress: bool = True
+) -> np.ndarray:
+    """Nats of each row of token ids, summed over its tokens but the first, which nothing predicts: float64 [rows].
+
+    Two models measured on the same rows can be compared row by row, which ``ratio_standard_error`` of the difference
+    does: far more precise than either loss. Raises ValueError for a row of fewer than two tokens and for a loss that
+    is not finite.
+    """
+    if not len(rows) or min(map(len, rows)) < 2 or batch_size < 1:
+        raise ValueError(f"{len(rows)} rows, {batch_size=}: at least one row of two tokens, and a batch, are needed.")
+    windows = [_Window(number, 0, 0, len(row) - 1) for number, row in enumerate(rows)]
+    return _score_windows(model, [np.asarray(row) for row in rows], windows, batch_size, progress)
+
+
+def ratio_standard_error(nats: np.ndarray, counts: np.ndarray) -> float | None:
+    """Standard error of Σnats / Σcounts over documents or rows drawn independently; None for a single one.
+
+    With S_d nats over n_d tokens and L = ΣS_d / Σn_d, it is √(D/(D−1) · Σ(S_d − L·n_d)²) / Σn_d, the usual one of a
+    ratio. ``nats`` may be the differences of two models on the same rows: then it is that of the paired difference.
+    """
+    if len(counts) < 2:
+        return None
+    spread = float(np.square(nats - nats.sum() / counts.sum() * counts).sum())
+    return math.sqrt(len(counts) / (len(counts) - 1) * spread) / int(counts.sum())
 
 
 def _check_sizes(
@@ -159,6 +169,29 @@ def _num_bytes(tokenizer: PreTrainedTokenizerBase, text: str, encoded: Any, num_
     if tokenizer.is_fast:
         return len(text[: encoded["offset_mapping"][num_tokens - 1][1]].encode())
     return len(tokenizer.decode(encoded["input_ids"][:num_tokens]).encode())
+
+
+def _score_windows(
+    model: PreTrainedModel, ids: list[np.ndarray], windows: list[_Window], batch_size: int, progress: bool
+) -> np.ndarray:
+    """Nats of every document [D] in float64, summed over its windows' scored positions."""
+    windows = sorted(windows, key=lambda window: window.begin - window.end)  # longest first: memory fails early
+    nats, total = np.zeros(len(ids)), sum(window.end - window.score_from for window in windows)
+    bar = tqdm(total=total, desc="perplexity", unit=" tokens", disable=None if progress else True)
+    with bar, _evaluating(model):
+        score = _score_scored_only if _head_is_plain(model, ids[0][:8]) else _score_one_by_one
+        for start in range(0, len(windows), batch_size):
+            batch = windows[start : start + batch_size]
+            losses = score(model, [ids[window.document] for window in batch], batch)
+            counts = [window.end - window.score_from for window in batch]
+            np.add.at(nats, np.repeat([window.document for window in batch], counts), losses)
+            bar.update(len(losses))
+            if not np.isfinite(losses).all():
+                raise ValueError(
+                    f"loss={losses.mean()} over {len(losses)} tokens: the logits are not finite. Check the weights for "
+                    "NaN, or load the model in bfloat16 or float32 instead of float16."
+                )
+    return nats
 
 
 def _windows(document: int, num_ids: int, context_length: int, stride: int) -> Iterator[_Window]:
@@ -247,14 +280,11 @@ def _summarize(nats: np.ndarray, documents: list[_Document], context_length: int
     num_bytes = sum(document.num_bytes for document in documents)
     num_tokens, total, num_documents = int(counts.sum()), float(nats.sum()), len(documents)
     loss = total / num_tokens
-    spread = float(np.square(nats - loss * counts).sum())
     return PerplexityResult(
         loss=loss,
         perplexity=math.exp(loss) if loss < 700 else math.inf,
         bits_per_byte=total / math.log(2) / num_bytes if num_bytes else None,
-        standard_error=math.sqrt(num_documents / (num_documents - 1) * spread) / num_tokens
-        if len(counts) > 1
-        else None,
+        standard_error=ratio_standard_error(nats, counts),
         num_tokens=num_tokens,
         num_bytes=num_bytes,
         num_documents=num_documents,

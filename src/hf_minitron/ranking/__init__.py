@@ -1,0 +1,1 @@
+"""Search: candidate architectures pruned, distilled briefly and compared. Stands above the stages and uses them."""
