@@ -1,9 +1,9 @@
 """Claim: what the papers found about choosing what to prune shows on a small model too, at equal parameters.
 
-Measures  held-out loss of the quickstart's teacher after pruning, without retraining: random, each of P1's nine aggregations, both signals
-          of neurons, head residual, several steps, and for depth each criterion, contiguous and scattered; for depth
-          also the accuracy on held-out multiple-choice questions (which of four lines comes next), the metric that P2
-          chooses layers by. Mean and standard error over calibration seeds; loss differences are against the first row.
+Measures  held-out loss of the quickstart's teacher after pruning, without retraining: random, each of P1's nine
+          aggregations, both signals of neurons, head residual, several steps, and for depth each criterion, contiguous
+          and scattered; also the accuracy on held-out multiple-choice questions (which of four lines comes next), the
+          kind of metric that P2 chooses layers by. Mean and standard error over calibration seeds.
 Data      the standard library's source, as in the quickstart: calibration text and the questions that choose layers
           are from its training part, loss and the questions that judge from its held-out part.
 Command   python benchmarks/pruning_methods.py [--num-layers-dropped 2] [--seeds N] [--json] ...

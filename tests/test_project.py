@@ -22,7 +22,7 @@ PACKAGE = "hf_minitron"
 BASE = {"architectures", "checkpoint", "data", "hardware", "lineage", "text_files"}
 STAGES = {"prune", "distill", "align", "evaluate", "publish"}
 PIPELINES = {"ranking"}  # several stages in one run
-TOP = {"", "__main__", "cli"}  # "" is the package's own __init__.py
+TOP = {"", "__main__", "cli", "reports"}  # "" is the package's own __init__.py
 RESOURCES = {"model_cards"}  # templates: no code of ours, free for all
 EXCEPTIONS = {("prune.pruner", "publish")}  # save_pretrained and push_to_hub write plots and the card
 

@@ -1,0 +1,163 @@
+"""What the commands say when they are done: results as tables, and the command that comes next.
+
+Each function takes the result of a command's stage, then its options in the order of ``cli.COMMANDS``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hf_minitron.publish.tables import markdown_table
+
+
+def report_plan(report: Any, model: Any, prune: Any) -> str:
+    """Sizes and parameters before and after, and the command that does it."""
+    rows = [
+        (key, f"{before:,}", f"{report.sizes[key]:,}", _percent(report.sizes[key], before))
+        for key, before in report.source_sizes.items()
+    ]
+    for part, before in report.source_parameters.items():
+        rows.append(
+            (
+                f"parameters: {part}",
+                f"{before:,}",
+                f"{report.parameters[part]:,}",
+                _percent(report.parameters[part], before),
+            )
+        )
+    sizes = " ".join(
+        f"--{key.replace('_', '-')} {size}" for key, size in report.sizes.items() if size != report.source_sizes[key]
+    )
+    if prune.drop_layers:
+        sizes += f" --drop-layers {' '.join(map(str, prune.drop_layers))}"
+    table = markdown_table(("", "source", "pruned", "kept"), rows)
+    warnings = "".join(f"\n\nWarning: {warning}" for warning in report.warnings)
+    command = f"hf-minitron prune {report.model} {sizes} --calibration-dataset DATA --output-dir DIR"
+    return f"{table}{warnings}\n\nNext: {command}"
+
+
+def report_prune(report: Any, model: Any, calibration: Any, prune: Any, output: Any, task: Any) -> str:
+    """The same table, and how to go on."""
+    table = report_plan(report, model, prune).split("\n\nNext:")[0]
+    layers = ""
+    if len(report.kept_layers) < report.source_sizes["num_hidden_layers"]:
+        layers = f"\n\nKept layers: {', '.join(map(str, report.kept_layers))}"
+    return (
+        f"{table}{layers}\n\nWrote {output.output_dir}\nNext: hf-minitron distill {output.output_dir} --teacher-model "
+        f"{model.model} --dataset DATA --output-dir DIR"
+    )
+
+
+def report_scores(scores: Any, model: Any, calibration: Any, output: Any, scan: Any, task: Any) -> str:
+    """What was scored and where it lies."""
+    axes = ", ".join(scores.axes)
+    return (
+        f"Scored {axes} on {scores.info['num_samples']:,} rows ({scores.info['num_tokens']:,} tokens); wrote "
+        f"{output.output_file}\n"
+        f"Next: hf-minitron prune {model.model} --scores {output.output_file} --hidden-size N "
+        "--intermediate-size M --output-dir DIR"
+    )
+
+
+def report_score_files(report: Any, arguments: Any) -> str:
+    """What was scored, and importance by layer, by residual channel and by block of layers removed."""
+    scores, info = report.scores, report.scores.info
+    model = info.get("model", {})
+    facts = {
+        "model": " @ ".join([*(model[key] for key in ("id", "path") if key in model), *_short_hashes(model)]),
+        "rows": _number(info.get("num_samples")),
+        "tokens": _number(info.get("num_tokens")),
+        "aggregation": "{} over rows, {} over tokens".format(*scores.aggregation),
+        "neuron signal": scores.neuron_signal or "–",
+    }
+    files = f"{len(arguments.files)} files, merged" if len(arguments.files) > 1 else "1 file"
+    tables = [markdown_table(("scores", files), list(facts.items()))]
+    if report.layers:
+        header = ("layer", "block importance", "best half of neurons holds", "least head", "greatest head")
+        rows = [
+            (
+                layer,
+                _short(row.block_importance),
+                _share(row.best_neurons),
+                _short(row.least_head),
+                _short(row.greatest_head),
+            )
+            for layer, row in enumerate(report.layers)
+        ]
+        tables.append(markdown_table(header, rows))
+    if report.hidden_energy:
+        rows = [
+            (f"{channels:,} of {len(scores.hidden):,}", _share(share))
+            for channels, share in report.hidden_energy.items()
+        ]
+        tables.append(markdown_table(("best residual channels", "share of squared scores"), rows))
+    if report.removals:
+        header = ("removal scan", "least missed", "damage", "standard error", "intact")
+        tables.append(markdown_table(header, [_removal_row(removal) for removal in report.removals]))
+    wrote = [path for path in (arguments.output_file, arguments.plot_dir) if path is not None]
+    return "\n\n".join([*tables, *([f"Wrote {' and '.join(wrote)}"] if wrote else [])])
+
+
+def _short_hashes(model: dict[str, str]) -> list[str]:
+    return [model[key][:12] for key in ("commit", "sha256") if key in model]
+
+
+def _removal_row(removal: Any) -> tuple[str, ...]:
+    start, end = removal.best_start, removal.best_start + removal.num_dropped - 1
+    numbers = (removal.damage[start], removal.standard_error[start], removal.intact)
+    block = f"layer {start}" if start == end else f"layers {start}–{end}"
+    return (f"{removal.metric}, blocks of {removal.num_dropped}", block, *(_short(float(number)) for number in numbers))
+
+
+def plot_score_files(report: Any, arguments: Any) -> None:
+    """Writes the pictures of importance, if asked to."""
+    if arguments.plot_dir is not None:
+        from hf_minitron.publish.plots import plot_scores
+
+        scores = {axis: getattr(report.scores, axis) for axis in report.scores.axes}
+        plot_scores(arguments.plot_dir, scores, report.removals)
+
+
+def report_search(
+    report: Any, model: Any, space: Any, budget: Any, calibration: Any, arguments: Any, config: Any
+) -> str:
+    """The candidates that fit, or their ranking."""
+    from hf_minitron.ranking.report import describe_search
+
+    return describe_search(report, arguments)
+
+
+def report_distill(report: Any, arguments: Any, config: Any) -> str:
+    """Held-out metrics before and after, and how to go on."""
+    lines = []
+    if report.metrics:
+        rows = [(key, _number(report.metrics_before.get(key)), _number(value)) for key, value in report.metrics.items()]
+        lines.append(markdown_table(("held-out", "before", "after"), rows) + "\n")
+    lines.append(f"Trained on {report.num_tokens:,} tokens; wrote {report.output_dir}")
+    lines.append(f"Next: hf-minitron evaluate {report.output_dir} --dataset HELD_OUT")
+    return "\n".join(lines)
+
+
+def report_evaluation(result: Any, arguments: Any) -> str:
+    """Loss, perplexity and bits per byte."""
+    return markdown_table(
+        ("measure", arguments.model), [(key, _number(value)) for key, value in result.as_dict().items()]
+    )
+
+
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None or value != value else f"{value:.4g}"
+
+
+def _share(value: float | None) -> str:
+    return "–" if value is None else f"{100 * value:.1f} %"
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "–"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}" if isinstance(value, float) else str(value)
