@@ -190,7 +190,7 @@ def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[s
     asked = {key: value for key, value in settings_dict(arguments).items() if key not in _TOLD_ELSEWHERE}
     default = settings_dict(DistillationConfig(output_dir=config.output_dir))
     chosen = settings_dict(config)
-    always = ("temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
+    always = ("divergence", "temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
     changed = {key: value for key, value in chosen.items() if key in always or value != default.get(key)}
     return asked | {key: value for key, value in changed.items() if key not in _TOLD_ELSEWHERE}
 
