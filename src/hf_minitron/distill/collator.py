@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_minitron.distill.kd_head import IGNORE_INDEX
+from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 
 
 @dataclass

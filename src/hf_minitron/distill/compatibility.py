@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-# Scalings of the logits after the head that `fused_linear_kd` does not apply, by the configs' key.
-LOGIT_SCALING_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+from hf_minitron.architectures import get_logit_transform
 
 
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit: int | None) -> None:
-    """Raises ValueError when one shares weights with the other, and when the fused loss cannot compare them."""
+    """Raises ValueError when one shares weights with the other, and when the fused loss cannot compare them.
+
+    It knows what the families of the table do to their logits after the head; of others, only that they do nothing.
+    """
     modules = set(student.modules())
     shared = {id(parameter) for parameter in student.parameters()} & {id(value) for value in teacher.parameters()}
     if teacher in modules or shared:
@@ -22,14 +24,7 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
-        if getattr(head, "bias", None) is not None:
-            raise ValueError(f"The {role}'s head has a bias, which the loss would ignore: not supported.")
-        for key in LOGIT_SCALING_KEYS:
-            if getattr(model.config, key, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"The {role}'s {key}={getattr(model.config, key)} changes its logits after the head, which the "
-                    "loss would ignore: not supported."
-                )
+        get_logit_transform(model.config)
         sizes[role] = head.weight.shape[0]
     smaller = min(sizes.values())
     if vocab_limit is None and sizes["student"] != sizes["teacher"]:

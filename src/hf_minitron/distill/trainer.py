@@ -1,8 +1,8 @@
-"""`DistillationTrainer`: a transformers.Trainer whose loss is the fused KL against a teacher.
+"""`DistillationTrainer`: a transformers.Trainer whose loss is the fused divergence from a teacher.
 
-The papers' method: forward KL on logits only, temperature 1, no cross-entropy (P2, arXiv 2408.11796, "Retraining";
-P1, arXiv 2407.14679, section 3). Off-policy: the teacher reads the same rows as the student, first, and leaves only
-its last hidden state.
+By default the papers' method: forward KL on logits only, temperature 1, no cross-entropy (P2, arXiv 2408.11796,
+"Retraining"; P1, arXiv 2407.14679, section 3). Off-policy: the teacher reads the same rows as the student, first, and
+leaves only its last hidden state.
 """
 
 from __future__ import annotations
@@ -17,13 +17,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hf_minitron.architectures import get_logit_transform
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.compatibility import check_models
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.kd_head import IGNORE_INDEX, KDOutput, fused_linear_kd
+from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
+from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 
 # Sums over tokens that training and evaluation report, in this order.
-SUM_NAMES = ("kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
+SUM_NAMES = ("loss", "kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
 
 
 class DistillationTrainer(Trainer):
@@ -33,9 +35,11 @@ class DistillationTrainer(Trainer):
     metrics are means over the targets of the whole global batch, whatever the gradient accumulation, the padding and
     the number of processes. `teacher_model` is frozen, put in eval mode and moved to the device; it is never saved.
 
-    Train logs add `kl` (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
+    `loss` is what is minimised. Train logs add `kl`, which is KL(teacher || student) whatever the divergence, so that
+    runs compare (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
     `teacher_lm_loss` and `top1_agreement`, averaged over the targets since the last log, and `num_tokens_seen`, the
-    targets trained on so far. Evaluation reports the same over the whole set, and perplexities. All in nats.
+    targets trained on so far. Evaluation reports the same over the whole set, and perplexities. All in nats, but for
+    the loss where it compares logits.
 
     Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
     """
@@ -152,7 +156,6 @@ class DistillationTrainer(Trainer):
         self._eval_sums = self._new_sums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means = _means(self._eval_sums.tolist())
-        means["loss"] = self.args.temperature**2 * means["kl"] + self.args.ce_weight * means["lm_loss"]
         means["perplexity"] = _perplexity(means["lm_loss"])
         means["teacher_perplexity"] = _perplexity(means["teacher_lm_loss"])
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
@@ -168,7 +171,7 @@ class DistillationTrainer(Trainer):
             seen.since_last_log = 0
             if "loss" in logs:
                 means = _means(sums)
-                del means["num_tokens"]
+                del means["num_tokens"], means["loss"]  # the Trainer has a loss of its own
                 logs.update(means, num_tokens_seen=seen.at_last_log)
         super().log(logs, start_time)
 
@@ -186,19 +189,26 @@ class DistillationTrainer(Trainer):
         with torch.no_grad(), self.accelerator.autocast():
             teacher_hidden = _last_hidden(self.teacher_model, inputs)
         student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        head, teacher_head = student.get_output_embeddings(), self.teacher_model.get_output_embeddings()
         results: list[KDOutput] = []
 
         def forward(**student_inputs: Tensor) -> Tensor:
             with self.accelerator.autocast():
                 kd = fused_linear_kd(
                     _last_hidden(student, student_inputs),
-                    student.get_output_embeddings().weight,
+                    head.weight,
                     teacher_hidden,
-                    self.teacher_model.get_output_embeddings().weight,
+                    teacher_head.weight,
                     (following != IGNORE_INDEX).float(),
                     labels=following,
+                    divergence=self.args.divergence,
+                    js_beta=self.args.js_beta,
                     temperature=self.args.temperature,
                     ce_weight=self.args.ce_weight,
+                    student_bias=getattr(head, "bias", None),
+                    teacher_bias=getattr(teacher_head, "bias", None),
+                    student_transform=get_logit_transform(student.config),
+                    teacher_transform=get_logit_transform(self.teacher_model.config),
                     vocab_limit=self.args.vocab_limit,
                     chunk_size=self.args.kd_chunk_size or "auto",
                 )
@@ -218,7 +228,7 @@ class DistillationTrainer(Trainer):
     def _row_sums(self, kd: KDOutput, rows: int) -> Tensor:
         """Sums over each row's targets, [rows, len(SUM_NAMES)], left on the device."""
         counted = kd.token_mask
-        columns = (kd.token_kl, kd.token_ce, kd.teacher_token_ce, kd.top1_agreement, counted)
+        columns = (kd.token_loss, kd.token_kl, kd.token_ce, kd.teacher_token_ce, kd.top1_agreement, counted)
         return torch.stack([c.detach().to(self._train_sums.dtype).view(rows, -1).sum(1) for c in columns], dim=1)
 
     def _reduced_train_sums(self) -> list[float]:
