@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from accelerate import PartialState
 from datasets import concatenate_datasets
 from transformers import AutoTokenizer
 
 from hf_minitron.data import check_row_length
-from hf_minitron.distill.cache_writer import CacheFormat, TeacherFacts, write_cache
+from hf_minitron.distill.cache_writer import CacheFormat, TeacherFacts, processes, write_cache
 from hf_minitron.distill.fingerprints import hash_tokenizer
 from hf_minitron.distill.stage import DistillArguments, held_out_rows, open_teacher, read_rows
 from hf_minitron.distill.teacher import load_model
@@ -93,7 +92,7 @@ def cache_teacher(arguments: CacheTeacherArguments) -> CacheReport:
 
     Under ``accelerate launch`` or ``torchrun`` every process writes shards of its own.
     """
-    start, state = time.monotonic(), PartialState()
+    start, state = time.monotonic(), processes()
     form = CacheFormat(
         arguments.kind, arguments.top_k, parse_dtype(arguments.dtype), arguments.vocab_limit, arguments.max_shard_bytes
     )

@@ -13,6 +13,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -105,7 +106,7 @@ def write_cache(
     not finite.
     """
     writer = _Writer(model.eval(), rows, form, facts, batch_size)
-    folder, state = Path(output_dir).expanduser(), PartialState()
+    folder, state = Path(output_dir).expanduser(), processes()
     done = _check_folder(folder, writer.plan, overwrite)
     state.wait_for_everyone()
     if not done:
@@ -124,6 +125,11 @@ def write_cache(
             writer.finish(folder)
         state.wait_for_everyone()
     return CachedTeacher.open(folder)
+
+
+def processes() -> PartialState:
+    """The processes of this run, on CPUs too; one that has finished waits up to a day for the others."""
+    return PartialState(cpu=not torch.accelerator.is_available(), timeout=timedelta(days=1))
 
 
 class _Writer:
