@@ -151,7 +151,7 @@ COMMANDS = {
         plot=reports.plot_score_files,
     ),
     "search": Command(
-        "List the architectures that fit a budget; with --dataset, also rank them by short distillation.",
+        "List architectures that fit a budget; with --dataset, also rank them by short distillation.",
         "model",
         (
             "prune.preview.ModelArguments",
