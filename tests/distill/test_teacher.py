@@ -65,3 +65,10 @@ def test_other_bits_and_a_missing_library_are_refused(monkeypatch):
     monkeypatch.setattr(teacher_module.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(ValueError, match=r"needs bitsandbytes.*pip install 'hf-minitron\[quantization\]'"):
         check_quantization("8bit", torch.float32)
+
+
+def test_a_head_that_the_device_map_offloads_is_refused(tiny_checkpoint):
+    model = load_model(Checkpoint.open(tiny_checkpoint), torch.float32)
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="offloads the teacher's head"):
+        LiveTeacher(model, torch.device("cpu"))

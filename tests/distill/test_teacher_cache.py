@@ -297,6 +297,8 @@ def test_an_unfinished_cache_goes_on_with_the_missing_shards(tmp_path, teacher, 
 
 def test_overwriting_starts_again(tmp_path, teacher):
     folder = tmp_path / "cache"
+    folder.mkdir()
+    (folder / ".plan.json.1.tmp").write_text("half")  # killed before anything was there
     write_cache(teacher, ROWS, folder, TOP_K, FACTS)
     cache = write_cache(teacher, ROWS[:5], folder, EXACT, FACTS, overwrite=True)
     assert (cache.kind, cache.num_rows) == ("exact", 5) and not (folder / "rows-00005.safetensors").exists()

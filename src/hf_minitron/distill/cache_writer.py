@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +20,20 @@ from typing import Any, Literal
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from hf_minitron.checkpoint import check_output_dir
 from hf_minitron.distill.cache_files import FORMAT_VERSION, HEAD, INDEX, MANIFEST, PLAN, checksum, describe_file
+from hf_minitron.distill.cache_folder import (
+    check_folder,
+    finished_shard,
+    note_path,
+    prepare_folder,
+    save_tensors,
+    shard_name,
+    write_json,
+)
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.compatibility import LOGIT_SCALING_KEYS, head_facts
 from hf_minitron.distill.fingerprints import dataset_keys, keys_tensor
@@ -107,13 +113,14 @@ def write_cache(
     """
     writer = _Writer(model.eval(), rows, form, facts, batch_size)
     folder, state = Path(output_dir).expanduser(), processes()
-    done = _check_folder(folder, writer.plan, overwrite)
+    done = check_folder(folder, writer.plan, overwrite)
     state.wait_for_everyone()
     if not done:
         if state.is_main_process:
-            _prepare_folder(folder, writer, overwrite)
+            prepare_folder(folder, writer.plan | {"versions": versions()}, overwrite)
+            writer.check_space(folder)
         state.wait_for_everyone()
-        pending = [number for number in range(len(writer.shards)) if _finished(folder, number) is None]
+        pending = [number for number in range(len(writer.shards)) if finished_shard(folder, number) is None]
         if kept := len(writer.shards) - len(pending):
             logger.info("%s: %d of %d shards are there already.", folder, kept, len(writer.shards))
         state.wait_for_everyone()
@@ -189,6 +196,20 @@ class _Writer:
         }
         return json.loads(json.dumps({key: value for key, value in plan.items() if value is not None}))
 
+    def check_space(self, folder: Path) -> None:
+        """Raises OSError when what is missing does not fit the disk."""
+        missing = [rows for number, rows in enumerate(self.shards) if finished_shard(folder, number) is None]
+        needed = sum(self.lengths[row] for rows in missing for row in rows) * self.bytes_per_token
+        if self.form.kind == "exact":
+            needed += self.head.weight.numel() * self.head.weight.element_size()
+        free = shutil.disk_usage(folder).free
+        if needed > free:
+            raise OSError(
+                f"{folder} has {free / 1e9:.1f} GB free, the cache needs {needed / 1e9:.1f} GB "
+                f"({self.bytes_per_token:,} bytes a token). Use fewer rows, --kind topk, a smaller --top-k, or another "
+                "disk."
+            )
+
     def write_shard(self, folder: Path, number: int) -> None:
         """Computes and writes one shard, and then the note that it is whole."""
         rows = self.shards[number]
@@ -197,10 +218,10 @@ class _Writer:
             batch = range(start, min(start + self.batch_size, rows.stop))
             for name, tensor in self._encode(self._hidden(batch), batch).items():
                 parts.setdefault(name, []).append(tensor.cpu())
-        path = folder / _shard_name(number)
-        _save({name: torch.cat(tensors) for name, tensors in parts.items()}, path)
+        path = folder / shard_name(number)
+        save_tensors({name: torch.cat(tensors) for name, tensors in parts.items()}, path)
         note = describe_file(path) | {"num_rows": len(rows), "num_tokens": sum(self.lengths[row] for row in rows)}
-        _write_json(note, _note(folder, number))
+        write_json(note, note_path(folder, number))
 
     @torch.no_grad()
     def _hidden(self, rows: range) -> Tensor:
@@ -255,11 +276,11 @@ class _Writer:
     def write_head_and_index(self, folder: Path) -> dict[str, Any]:
         """Writes them, and says what the manifest says of them."""
         lengths = torch.tensor(self.lengths, dtype=torch.int32)
-        _save({"keys": keys_tensor(self.keys), "lengths": lengths}, folder / INDEX)
+        save_tensors({"keys": keys_tensor(self.keys), "lengths": lengths}, folder / INDEX)
         found = {"index": describe_file(folder / INDEX)}
         if self.form.kind == "exact":
             tensors = {"weight": self.head.weight} | ({} if self.bias is None else {"bias": self.bias})
-            _save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / HEAD)
+            save_tensors({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, folder / HEAD)
             found["head"] = describe_file(folder / HEAD)
         return found
 
@@ -267,11 +288,11 @@ class _Writer:
         """Writes the manifest, with which the folder is a cache, and removes what only served the way there."""
         plan = json.loads((folder / PLAN).read_text(encoding="utf-8"))
         manifest = plan | self.write_head_and_index(folder)
-        manifest["shards"] = [_finished(folder, number) for number in range(len(self.shards))]
+        manifest["shards"] = [finished_shard(folder, number) for number in range(len(self.shards))]
         manifest["checksum"] = checksum(manifest)
-        _write_json(manifest, folder / MANIFEST)
+        write_json(manifest, folder / MANIFEST)
         for number in range(len(self.shards)):
-            _note(folder, number).unlink()
+            note_path(folder, number).unlink()
         (folder / PLAN).unlink()
 
 
@@ -295,76 +316,3 @@ def _check_teacher(model: PreTrainedModel, form: CacheFormat) -> int:
             "entries, vocab_limit is at most that and top_k at most vocab_limit. Lower them."
         )
     return vocab_size
-
-
-def _check_folder(folder: Path, plan: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the cache is there already. Raises FileExistsError if the folder is for anything else."""
-    path = next((folder / name for name in (MANIFEST, PLAN) if (folder / name).is_file()), None)
-    if path is None or overwrite:
-        check_output_dir(folder, overwrite)
-        return False
-    there = json.loads(path.read_text(encoding="utf-8"))
-    different = [key for key in plan.keys() | there.keys() - _NOT_PLANNED if plan.get(key) != there.get(key)]
-    if different:
-        one, other = ({key: facts.get(key) for key in sorted(different)} for facts in (there, plan))
-        raise FileExistsError(
-            f"{folder} holds {'a' if path.name == MANIFEST else 'an unfinished'} cache that differs in "
-            f"{', '.join(sorted(different))}: there {one}, asked for {other}. Give another output_dir, or --overwrite."
-        )
-    return path.name == MANIFEST
-
-
-_NOT_PLANNED = {"index", "head", "shards", "checksum", "versions"}
-
-
-def _prepare_folder(folder: Path, writer: _Writer, overwrite: bool) -> None:
-    """Leaves the plan and finished shards in the folder, and nothing else of an earlier run."""
-    if overwrite:
-        shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.glob(".*.tmp"):
-        path.unlink()
-    missing = [rows for number, rows in enumerate(writer.shards) if _finished(folder, number) is None]
-    needed = sum(writer.lengths[row] for rows in missing for row in rows) * writer.bytes_per_token
-    if writer.form.kind == "exact":
-        needed += writer.head.weight.numel() * writer.head.weight.element_size()
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise OSError(
-            f"{folder} has {free / 1e9:.1f} GB free, the cache needs {needed / 1e9:.1f} GB "
-            f"({writer.bytes_per_token:,} bytes a token). Use fewer rows, --kind topk, a smaller --top-k, or another "
-            "disk."
-        )
-    if not (folder / PLAN).is_file():
-        _write_json(writer.plan | {"versions": versions()}, folder / PLAN)
-
-
-def _finished(folder: Path, number: int) -> dict[str, Any] | None:
-    """The note of a shard that is whole; None if it is not."""
-    note = _note(folder, number)
-    if not note.is_file():
-        return None
-    facts = json.loads(note.read_text(encoding="utf-8"))
-    path = folder / facts["file"]
-    return facts if path.is_file() and path.stat().st_size == facts["num_bytes"] else None
-
-
-def _shard_name(number: int) -> str:
-    return f"rows-{number:05}.safetensors"
-
-
-def _note(folder: Path, number: int) -> Path:
-    return folder / f"rows-{number:05}.json"
-
-
-def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, temporary)
-    temporary.chmod((path.parent.stat().st_mode & 0o444) | 0o200)  # safetensors leaves it to the owner alone
-    os.replace(temporary, path)
-
-
-def _write_json(facts: dict[str, Any], path: Path) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -60,6 +60,11 @@ class LiveTeacher:
     knows_labels = True
 
     def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        if model.get_output_embeddings().weight.is_meta:
+            raise ValueError(
+                "The device map offloads the teacher's head, which every step reads: give it a device, "
+                'such as device_map={"lm_head": 0, ...}.'
+            )
         self.device = device
         self.model = model.eval().requires_grad_(False)
         if getattr(model, "hf_device_map", None) is None:
@@ -102,7 +107,8 @@ def load_model(
         quantization_config=check_quantization(quantization, dtype),
     )
     for name, parameter in model.named_parameters():
-        check_finite(name, parameter)
+        if not parameter.is_meta:  # offloaded by the device map
+            check_finite(name, parameter)
     return model
 
 
