@@ -9,6 +9,7 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
     from hf_minitron.distill.config import DistillationConfig as DistillationConfig
     from hf_minitron.distill.kd_head import KDOutput as KDOutput
     from hf_minitron.distill.kd_head import fused_linear_kd as fused_linear_kd
+    from hf_minitron.distill.teacher_cache import CachedTeacher as CachedTeacher
     from hf_minitron.distill.trainer import DistillationTrainer as DistillationTrainer
     from hf_minitron.evaluate.perplexity import PerplexityResult as PerplexityResult
     from hf_minitron.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
     from hf_minitron.prune.target import PruneConfig as PruneConfig
 
 _MODULES = {
+    "CachedTeacher": "distill.teacher_cache",
     "DistillationConfig": "distill.config",
     "DistillationTrainer": "distill.trainer",
     "ImportanceScores": "prune.importance",

@@ -60,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """What ``hf-minitron --help`` prints: the stages in their order."""
-    lines = [f"  {name:<9} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<13} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: hf-minitron COMMAND ... [--config FILE.yaml]",
@@ -151,7 +151,7 @@ COMMANDS = {
         plot=reports.plot_score_files,
     ),
     "search": Command(
-        "List the architectures that fit a budget; with --dataset, also rank them by short distillation.",
+        "List architectures that fit a budget; with --dataset, also rank them by short distillation.",
         "model",
         (
             "prune.preview.ModelArguments",
@@ -177,6 +177,14 @@ COMMANDS = {
         ),
         "prune.stage.prune_checkpoint",
         reports.report_prune,
+    ),
+    "cache-teacher": Command(
+        "Store what the teacher says about the training rows, so that distill need not run it.",
+        "teacher_model",
+        ("distill.cache_stage.CacheTeacherArguments",),
+        "distill.cache_stage.cache_teacher",
+        reports.report_cache,
+        "the same command goes on: finished shards are kept",
     ),
     "distill": Command(
         "Train the pruned model on its teacher's logits.",

@@ -127,6 +127,16 @@ def report_search(
     return describe_search(report, arguments)
 
 
+def report_cache(report: Any, arguments: Any) -> str:
+    """How much was cached, and how to train from it."""
+    return (
+        f"Cached {report.num_tokens:,} tokens in {report.num_rows:,} rows: {report.num_bytes:,} bytes, of which "
+        f"{report.bytes_per_token:,} a token; wrote {report.output_dir}\n"
+        f"Next: hf-minitron distill STUDENT --teacher-cache {report.output_dir} --dataset {arguments.dataset} "
+        "--output-dir DIR"
+    )
+
+
 def report_distill(report: Any, arguments: Any, config: Any) -> str:
     """Held-out metrics before and after, and how to go on."""
     lines = []

@@ -19,6 +19,8 @@ TINY = {
     "kd_head": "--tokens 1024 --vocab 4096 --hidden-student 32 --hidden-teacher 48 --repeats 2 "
     "--check-tokens 16 --check-vocab 512 --methods hf-minitron trl",
     "pruning_methods": "--num-layers-dropped 4 --seeds 2 --rows 2 --questions 3 --eval-tokens 200",
+    "teacher_cache": "--teacher-hidden-size 64 --teacher-layers 2 --student-hidden-size 32 --student-layers 1 "
+    "--vocab-size 512 --rows 4 --row-length 16 --top-k 16 --fidelity-rows 2 --repeats 2",
 }
 
 
@@ -123,6 +125,18 @@ def test_kd_head_prints_a_table_and_names_methods_that_are_missing(kd_head, monk
         "| naive " in printed and "| hf-minitron " in printed and "| peer " not in printed and "| trl " not in printed
     )
     assert "missing: peer (No module named 'no_such_peer')" in printed
+
+
+def test_teacher_cache():
+    facts = json.loads(run("teacher_cache", "--json"))
+    found = list(numbers(facts))
+    assert len(found) > 40 and all(map(math.isfinite, found))
+    assert set(facts["steps"]) == {"live", *facts["caches"]} == set(facts["fidelity"])
+    caches = {name: cache["bytes_per_token"] for name, cache in facts["caches"].items()}
+    assert caches == {"exact, fp32": 256, "exact, bf16": 128, "top 16, bf16": 16 * 6 + 4}
+    errors = {name: row["loss_error"] for name, row in facts["fidelity"].items()}
+    assert errors["live"] == 0 and errors["exact, fp32"] < 1e-5 < errors["top 16, bf16"]
+    assert facts["fidelity"]["top 16, bf16"]["loss"] < facts["fidelity"]["live"]["loss"]
 
 
 @pytest.mark.parametrize("name", TINY)

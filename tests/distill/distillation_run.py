@@ -1,4 +1,6 @@
-"""One distillation step of tiny models, tied and untied: `torchrun distillation_run.py OUTPUT ROWS ACCUMULATION`.
+"""One distillation step of tiny models: `torchrun distillation_run.py OUTPUT ROWS ACCUMULATION`.
+
+Tied, untied, and untied from a cached teacher.
 
 Writes metrics, log and gradient as JSON to OUTPUT; ROWS are per process. Run by test_trainer_processes.py; the tests
 in this folder also use its functions.
@@ -15,6 +17,7 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
+from hf_minitron.distill.cache_writer import CacheFormat, TeacherFacts, write_cache
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.trainer import DistillationTrainer
 
@@ -49,8 +52,11 @@ class GradientCapture(TrainerCallback):
         self.values = {name: parameter.grad.tolist() for name, parameter in model.named_parameters()}
 
 
-def one_step(tied: bool, rows_per_device: int, accumulation: int) -> dict[str, Any]:
-    """Evaluates 7 rows, trains one step on 8, and returns metrics, the step's log and its whole gradient."""
+def one_step(tied: bool, rows_per_device: int, accumulation: int, cache: Path | None = None) -> dict[str, Any]:
+    """Evaluates 7 rows, trains one step on 8, and returns metrics, the step's log and its whole gradient.
+
+    With ``cache`` the teacher is cached in that folder first, and the student learns from there.
+    """
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationConfig(
             output_dir=folder,
@@ -68,11 +74,14 @@ def one_step(tied: bool, rows_per_device: int, accumulation: int) -> dict[str, A
             save_strategy="no",
             disable_tqdm=True,
         )
-        student = tiny_llama(16, seed=1, tied=tied)
+        student, teacher = tiny_llama(16, seed=1, tied=tied), tiny_llama(24, seed=2)
+        if cache is not None:
+            form = CacheFormat("exact", dtype=torch.float32, max_shard_bytes=4000)
+            teacher = write_cache(teacher, uneven_rows(8) + uneven_rows(7, seed=1), cache, form, TeacherFacts({}))
         gradient = GradientCapture()
         trainer = DistillationTrainer(
             student,
-            tiny_llama(24, seed=2),
+            teacher,
             args,
             train_dataset=uneven_rows(8),
             eval_dataset=uneven_rows(7, seed=1),
@@ -92,6 +101,7 @@ def one_step(tied: bool, rows_per_device: int, accumulation: int) -> dict[str, A
 def main(output: str, rows_per_device: int, accumulation: int) -> None:
     torch.set_num_threads(1)
     results = {head: one_step(head == "tied", rows_per_device, accumulation) for head in ("tied", "untied")}
+    results["cached"] = one_step(False, rows_per_device, accumulation, Path(output).with_name("cache"))
     if results["tied"]["main"]:
         Path(output).write_text(json.dumps(results))
 

@@ -31,10 +31,11 @@ def two_processes(tmp_path_factory):
 @pytest.fixture(scope="module")
 def one_process():
     one_step = runpy.run_path(str(SCRIPT))["one_step"]
-    return {head: one_step(head == "tied", rows_per_device=8, accumulation=1) for head in ("tied", "untied")}
+    results = {head: one_step(head == "tied", rows_per_device=8, accumulation=1) for head in ("tied", "untied")}
+    return results | {"cached": results["untied"]}  # whoever learns from a cache learns what the live teacher teaches
 
 
-@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize("head", ["tied", "untied", "cached"])
 def test_gradient_of_two_processes(one_process, two_processes, head):
     one, two = one_process[head], two_processes[head]
     assert (one["processes"], two["processes"]) == (1, 2)
@@ -45,7 +46,7 @@ def test_gradient_of_two_processes(one_process, two_processes, head):
         assert (torch.tensor(two["gradient"][name]) - reference).norm() < 1e-5 * reference.norm(), name
 
 
-@pytest.mark.parametrize("head", ["tied", "untied"])
+@pytest.mark.parametrize("head", ["tied", "untied", "cached"])
 @pytest.mark.parametrize("source", ["log", "metrics"])
 def test_log_and_metrics_of_two_processes(one_process, two_processes, head, source):
     """The 7 rows of the evaluation do not divide by 2 processes of 2 rows: accelerate repeats one."""

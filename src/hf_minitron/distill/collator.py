@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_minitron.distill.fingerprints import keys_tensor, row_key
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 
 
@@ -19,9 +20,12 @@ class CausalLMCollator:
     Rows are padded on the right. Padding is known by length, never by its token: a text's own EOS counts even where
     EOS is also the pad token. A row's `labels` are kept when it has them; otherwise its `input_ids` are the labels,
     and -100 at padding and where its `attention_mask` is 0. The Trainer's shift by one happens later.
+
+    With ``row_keys`` the batch also has `row_keys`, int64 [rows, 2], by which a cached teacher finds the rows.
     """
 
     pad_token_id: int = 0
+    row_keys: bool = False
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         columns: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
@@ -35,6 +39,9 @@ class CausalLMCollator:
         }
         if bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
+        if self.row_keys:
+            pairs = zip(columns["input_ids"], columns["attention_mask"], strict=True)
+            batch["row_keys"] = keys_tensor([row_key(ids.numpy(), mask.numpy()) for ids, mask in pairs])
         return batch
 
 

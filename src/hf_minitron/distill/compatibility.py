@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from transformers import PreTrainedModel
 
 from hf_minitron.architectures import get_logit_transform
@@ -19,13 +21,31 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit
             "Teacher and student share modules or parameters, so freezing one freezes the other and both would be "
             "saved. Load the teacher on its own, or copy.deepcopy it."
         )
+    check_heads(head_facts("student", student), head_facts("teacher", teacher), vocab_limit)
+
+
+class HeadFacts(NamedTuple):
+    """What of a model decides whether its logits can be compared; ``config`` is the model's, or has its LOGIT_KEYS."""
+
+    vocab_size: int
+    has_bias: bool
+    config: Any
+
+
+def head_facts(role: str, model: PreTrainedModel) -> HeadFacts:
+    """The facts of a model's head. Raises ValueError when it has none."""
+    head = model.get_output_embeddings()
+    if head is None:
+        raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
+    return HeadFacts(head.weight.shape[0], getattr(head, "bias", None) is not None, model.config)
+
+
+def check_heads(student: HeadFacts, teacher: HeadFacts, vocab_limit: int | None) -> None:
+    """Raises ValueError when the fused loss cannot compare the logits of two heads."""
     sizes = {}
-    for role, model in (("student", student), ("teacher", teacher)):
-        head = model.get_output_embeddings()
-        if head is None:
-            raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
-        get_logit_transform(model.config)
-        sizes[role] = head.weight.shape[0]
+    for role, facts in (("student", student), ("teacher", teacher)):
+        get_logit_transform(facts.config)
+        sizes[role] = facts.vocab_size
     smaller = min(sizes.values())
     if vocab_limit is None and sizes["student"] != sizes["teacher"]:
         raise ValueError(

@@ -16,19 +16,30 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
 
-from hf_minitron.checkpoint import Checkpoint, check_finite, check_output_dir, copy_companions, write_tensors
+from hf_minitron.checkpoint import Checkpoint, check_output_dir, copy_companions, write_tensors
 from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, load_text, pack_rows
 from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.teacher import check_quantization, load_model
+from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.hardware import fast_dtype, parse_dtype
 from hf_minitron.lineage import Stage, append_stage, publishable, settings_dict
 
 LOG_FILE = "distill_log.json"
-_TOLD_ELSEWHERE = {"student_model", "teacher_model", "dataset", "eval_dataset", "output_dir", "logging_dir", "run_name"}
+_TOLD_ELSEWHERE = {
+    "student_model",
+    "teacher_model",
+    "teacher_cache",
+    "dataset",
+    "eval_dataset",
+    "output_dir",
+    "logging_dir",
+    "run_name",
+}
 _TOLD_ELSEWHERE |= {"overwrite", "resume_from_checkpoint", "disable_tqdm", "report_to"}  # nothing about the result
 
 
@@ -37,9 +48,14 @@ class DistillArguments:
     """Which student learns from which teacher, on which text."""
 
     student_model: str = field(metadata={"help": "Hub id or folder of the pruned model to train."})
-    teacher_model: str = field(metadata={"help": "Hub id or folder of the teacher, usually the model that was pruned."})
     dataset: str = field(
         metadata={"help": "Training text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet)."}
+    )
+    teacher_model: str | None = field(
+        default=None, metadata={"help": "Hub id or folder of the teacher, usually the model that was pruned."}
+    )
+    teacher_cache: str | None = field(
+        default=None, metadata={"help": "Folder that hf-minitron cache-teacher wrote; takes the teacher's place."}
     )
     dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
     dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
@@ -60,6 +76,13 @@ class DistillArguments:
     teacher_dtype: str = field(
         default="auto",
         metadata={"help": "float32, bfloat16 or float16 (auto: bfloat16 where it is fast, else float32)."},
+    )
+    teacher_quantization: str | None = field(
+        default=None, metadata={"help": "8bit or 4bit: the teacher's linear layers in bitsandbytes' formats."}
+    )
+    teacher_device_map: str | None = field(
+        default=None,
+        metadata={"help": "Where the teacher runs: auto spreads it over the devices (default: the student's device)."},
     )
     trust_remote_code: bool = field(
         default=False, metadata={"help": "Run code that the models' repositories bring along."}
@@ -94,17 +117,22 @@ class PackedRows:
 class DistillInputs:
     """What the students of one teacher can share: rows that are packed, and the teacher, loaded when first needed."""
 
-    teacher: Checkpoint
+    teacher: Checkpoint | CachedTeacher
     teacher_dtype: torch.dtype
+    teacher_quantization: str | None
+    teacher_device_map: str | dict[str, str] | None
     trust_remote_code: bool
     train: PackedRows
     held_out: PackedRows | None
     max_length: int
 
     @cached_property
-    def teacher_model(self) -> PreTrainedModel:
-        """The teacher in memory, the same one for every student."""
-        return _load(self.teacher, self.teacher_dtype, self.trust_remote_code)
+    def teacher_model(self) -> PreTrainedModel | CachedTeacher:
+        """The teacher in memory, or its cache: the same one for every student."""
+        if isinstance(self.teacher, CachedTeacher):
+            return self.teacher
+        how = (self.teacher_quantization, self.teacher_device_map)
+        return _load(self.teacher, self.teacher_dtype, self.trust_remote_code, *how)
 
 
 def distill_checkpoint(
@@ -150,16 +178,39 @@ def load_inputs(
     arguments: DistillArguments, config: DistillationConfig, student: Checkpoint | None = None
 ) -> DistillInputs:
     """Reads the text and finds the teacher, after checking that they fit the student."""
+    teacher, how = open_teacher(arguments, config.device)
     student = student or _open(arguments.student_model, arguments.student_revision, arguments)
-    teacher = _open(arguments.teacher_model, arguments.teacher_revision, arguments)
     _check_vocabularies(student, teacher, config)
-    teacher_dtype = parse_dtype(arguments.teacher_dtype) or fast_dtype(config.device)
     tokenizer = AutoTokenizer.from_pretrained(student.folder)
-    max_length = check_row_length(student.config, arguments.max_length, "max_length")
+    max_length, drawn = arguments.max_length, {}
+    if isinstance(teacher, CachedTeacher):
+        teacher.check_tokenizer(tokenizer)
+        max_length = teacher.check_length(max_length)
+        drawn = teacher.manifest["data"]
+    max_length = check_row_length(student.config, max_length, "max_length")
     with PartialState().main_process_first():
-        train = _train_rows(arguments, config, tokenizer, max_length)
-        held_out = _held_out_rows(arguments, tokenizer, max_length)
-    return DistillInputs(teacher, teacher_dtype, arguments.trust_remote_code, train, held_out, max_length)
+        train = _train_rows(arguments, config, tokenizer, max_length, drawn.get("train"))
+        held_out = held_out_rows(arguments, tokenizer, max_length, drawn.get("held_out"))
+    return DistillInputs(teacher, *how, arguments.trust_remote_code, train, held_out, max_length)
+
+
+def open_teacher(arguments: Any, device: torch.device) -> tuple[Checkpoint | CachedTeacher, tuple[Any, ...]]:
+    """The teacher that the options name, or its cache, and in which dtype, bits and where its model is to be loaded."""
+    cache = getattr(arguments, "teacher_cache", None)
+    if (arguments.teacher_model is None) == (cache is None):
+        raise ValueError(
+            f"teacher_model={arguments.teacher_model}, teacher_cache={cache}: the student learns from one of the two. "
+            "Give --teacher-model to run the teacher, or --teacher-cache to read what it said."
+        )
+    dtype = parse_dtype(arguments.teacher_dtype) or fast_dtype(device)
+    check_quantization(arguments.teacher_quantization, dtype)
+    device_map = arguments.teacher_device_map
+    if arguments.teacher_quantization and device_map is None:
+        device_map = {"": str(device)}
+    how = (dtype, arguments.teacher_quantization, device_map)
+    if cache is not None:
+        return CachedTeacher.open(cache), how
+    return _open(arguments.teacher_model, arguments.teacher_revision, arguments), how
 
 
 def save_student(trainer: DistillationTrainer, source: Checkpoint, output_dir: Path, stage: Stage) -> None:
@@ -245,9 +296,10 @@ def _open(model: str, revision: str | None, arguments: DistillArguments) -> Chec
     return Checkpoint.open(model, revision=revision, trust_remote_code=arguments.trust_remote_code)
 
 
-def _check_vocabularies(student: Checkpoint, teacher: Checkpoint, config: DistillationConfig) -> None:
+def _check_vocabularies(student: Checkpoint, teacher: Checkpoint | CachedTeacher, config: DistillationConfig) -> None:
     """The same check as the Trainer's, but before weights and data are read."""
-    sizes = (student.config.vocab_size, teacher.config.vocab_size)
+    cached = isinstance(teacher, CachedTeacher)
+    sizes = (student.config.vocab_size, teacher.vocab_size if cached else teacher.config.vocab_size)
     if sizes[0] != sizes[1] and config.vocab_limit is None:
         raise ValueError(
             f"the student has vocab_size={sizes[0]}, the teacher {sizes[1]}: the KL compares token by token. "
@@ -255,15 +307,32 @@ def _check_vocabularies(student: Checkpoint, teacher: Checkpoint, config: Distil
         )
 
 
-def _read_rows(
-    source: str, how: dict[str, Any], tokenizer: PreTrainedTokenizerBase, length: int, most: int | None, seed: int
+def read_rows(
+    source: str,
+    how: dict[str, Any],
+    tokenizer: PreTrainedTokenizerBase,
+    length: int,
+    most: int | None,
+    seed: int,
+    drawn: dict[str, Any] | None = None,
 ) -> PackedRows:
-    rows = pack_rows(load_text(source, **how), tokenizer, length, max_rows=most, seed=seed)
+    """Packed rows of a source at random, at most ``most``; of those ``drawn`` for a cache, if there is one.
+
+    A packed row depends on the order of the documents, so a cache's draw is made again, and its first rows taken.
+    """
+    draw = drawn or {"max_rows": most, "seed": seed}
+    rows = pack_rows(load_text(source, **how), tokenizer, length, max_rows=draw["max_rows"], seed=draw["seed"])
+    if most is not None and most < len(rows):
+        rows = rows.select(range(most))
     return PackedRows(rows, describe_source(source, **how) | {"fingerprint": fingerprint_rows(rows)})
 
 
 def _train_rows(
-    arguments: DistillArguments, config: DistillationConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
+    arguments: DistillArguments,
+    config: DistillationConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    drawn: dict[str, Any] | None,
 ) -> PackedRows:
     """Rows at random, no more than the run's steps can use, so that a stream is only read as far as needed."""
     most = arguments.max_train_rows
@@ -273,11 +342,11 @@ def _train_rows(
     how = {"config_name": arguments.dataset_config, "split": arguments.dataset_split}
     how["text_column"] = arguments.text_column
     seed = config.seed if config.data_seed is None else config.data_seed
-    return _read_rows(arguments.dataset, how, tokenizer, max_length, most, seed)
+    return read_rows(arguments.dataset, how, tokenizer, max_length, most, seed, drawn)
 
 
-def _held_out_rows(
-    arguments: DistillArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
+def held_out_rows(
+    arguments: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, drawn: dict[str, Any] | None = None
 ) -> PackedRows | None:
     """Rows at random, but the same ones whatever the run's seed."""
     if arguments.eval_dataset is None:
@@ -285,7 +354,8 @@ def _held_out_rows(
     same = arguments.eval_dataset == arguments.dataset
     how = {"split": _eval_split(arguments), "text_column": arguments.text_column}
     how["config_name"] = arguments.dataset_config if same else None
-    return _read_rows(arguments.eval_dataset, how, tokenizer, max_length, arguments.max_eval_rows, seed=0)
+    most = arguments.max_eval_rows
+    return read_rows(arguments.eval_dataset, how, tokenizer, max_length, most, seed=0, drawn=drawn)
 
 
 def _eval_split(arguments: DistillArguments) -> str:
@@ -299,13 +369,15 @@ def _eval_split(arguments: DistillArguments) -> str:
     return split
 
 
-def _load(source: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    for name, parameter in model.named_parameters():
-        check_finite(name, parameter)
-    return model
+def _load(
+    source: Checkpoint,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
+    quantization: str | None = None,
+    device_map: Any = None,
+) -> PreTrainedModel:
+    how = {"quantization": quantization, "device_map": device_map, "trust_remote_code": trust_remote_code}
+    return load_model(source, dtype, **how)
 
 
 def _metrics(metrics: dict[str, float]) -> dict[str, float]:

@@ -23,6 +23,9 @@ from hf_minitron.distill.compatibility import check_models
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
+from hf_minitron.distill.teacher import HeadTargets, LiveTeacher, Teacher, TopKTargets, last_hidden
+from hf_minitron.distill.teacher_cache import CachedTeacher
+from hf_minitron.distill.top_k_head import fused_linear_topk_kd
 
 # Sums over tokens that training and evaluation report, in this order.
 SUM_NAMES = ("loss", "kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
@@ -33,13 +36,15 @@ class DistillationTrainer(Trainer):
 
     Rows are dicts with `input_ids` and optionally `labels`, where -100 marks positions that are no targets. Loss and
     metrics are means over the targets of the whole global batch, whatever the gradient accumulation, the padding and
-    the number of processes. `teacher_model` is frozen, put in eval mode and moved to the device; it is never saved.
+    the number of processes. `teacher_model` is frozen, put in eval mode and moved to the device; it is never saved. It
+    may also be a `CachedTeacher`: then all rows must be in its cache, which is checked here, and none runs.
 
     `loss` is what is minimised. Train logs add `kl`, which is KL(teacher || student) whatever the divergence, so that
     runs compare (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
     `teacher_lm_loss` and `top1_agreement`, averaged over the targets since the last log, and `num_tokens_seen`, the
     targets trained on so far. Evaluation reports the same over the whole set, and perplexities. All in nats, but for
-    the loss where it compares logits.
+    the loss where it compares logits. With a top-k cache `kl` is that over the kept tokens and the rest, and the
+    teacher's own loss is not known.
 
     Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
     """
@@ -47,7 +52,7 @@ class DistillationTrainer(Trainer):
     def __init__(
         self,
         model: PreTrainedModel,
-        teacher_model: PreTrainedModel,
+        teacher_model: PreTrainedModel | CachedTeacher,
         args: DistillationConfig,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -59,7 +64,11 @@ class DistillationTrainer(Trainer):
     ) -> None:
         if not isinstance(args, DistillationConfig):
             raise TypeError(f"args is a {type(args).__name__}, without the loss's settings: use DistillationConfig.")
-        check_models(model, teacher_model, args.vocab_limit)
+        cached = isinstance(teacher_model, CachedTeacher)
+        if cached:
+            teacher_model.check_student(model, args, processing_class)
+        else:
+            check_models(model, teacher_model, args.vocab_limit)
         if args.n_gpu > 1:
             raise ValueError(
                 f"{args.n_gpu} GPUs are visible to one process, which would copy the student to each of them in every "
@@ -68,7 +77,7 @@ class DistillationTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or CausalLMCollator(_pad_token_id(model, processing_class)),
+            data_collator=data_collator or CausalLMCollator(_pad_token_id(model, processing_class), row_keys=cached),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -82,9 +91,11 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
-        self.teacher_model = teacher_model.eval().requires_grad_(False)
-        if getattr(teacher_model, "hf_device_map", None) is None:
-            self.teacher_model = teacher_model.to(args.device)
+        self.teacher_model = teacher_model
+        self.teacher: Teacher = teacher_model.to(args.device) if cached else LiveTeacher(teacher_model, args.device)
+        if cached:
+            teacher_model.check_rows(train_dataset, "train_dataset")
+            teacher_model.check_rows(eval_dataset, "eval_dataset")
         self._train_sums = self._new_sums()
         self._eval_sums = self._new_sums()
 
@@ -126,7 +137,8 @@ class DistillationTrainer(Trainer):
         if not return_outputs:
             return loss
         names = ("token_kl", "token_ce", "teacher_token_ce", "top1_agreement")
-        return loss, {name: getattr(kd, name).view_as(inputs["input_ids"]) for name in names}
+        found = {name: getattr(kd, name) for name in names}
+        return loss, {name: value.view_as(inputs["input_ids"]) for name, value in found.items() if value is not None}
 
     def prediction_step(
         self,
@@ -155,9 +167,10 @@ class DistillationTrainer(Trainer):
         """The Trainer's loop, its mean of batch means replaced by means over all targets."""
         self._eval_sums = self._new_sums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        means = _means(self._eval_sums.tolist())
+        means = self._means(self._eval_sums.tolist())
         means["perplexity"] = _perplexity(means["lm_loss"])
-        means["teacher_perplexity"] = _perplexity(means["teacher_lm_loss"])
+        if "teacher_lm_loss" in means:
+            means["teacher_perplexity"] = _perplexity(means["teacher_lm_loss"])
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -170,7 +183,7 @@ class DistillationTrainer(Trainer):
             seen.at_last_log += int(sums[-1])
             seen.since_last_log = 0
             if "loss" in logs:
-                means = _means(sums)
+                means = self._means(sums)
                 del means["num_tokens"], means["loss"]  # the Trainer has a loss of its own
                 logs.update(means, num_tokens_seen=seen.at_last_log)
         super().log(logs, start_time)
@@ -186,32 +199,15 @@ class DistillationTrainer(Trainer):
         if labels is None:
             raise ValueError(f"The batch has {sorted(inputs)} but no labels. Use a collator such as CausalLMCollator.")
         following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+        row_keys = inputs.pop("row_keys", None)
         with torch.no_grad(), self.accelerator.autocast():
-            teacher_hidden = _last_hidden(self.teacher_model, inputs)
+            targets = self.teacher.targets(inputs, row_keys)
         student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        head, teacher_head = student.get_output_embeddings(), self.teacher_model.get_output_embeddings()
         results: list[KDOutput] = []
 
         def forward(**student_inputs: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                kd = fused_linear_kd(
-                    _last_hidden(student, student_inputs),
-                    head.weight,
-                    teacher_hidden,
-                    teacher_head.weight,
-                    (following != IGNORE_INDEX).float(),
-                    labels=following,
-                    divergence=self.args.divergence,
-                    js_beta=self.args.js_beta,
-                    temperature=self.args.temperature,
-                    ce_weight=self.args.ce_weight,
-                    student_bias=getattr(head, "bias", None),
-                    teacher_bias=getattr(teacher_head, "bias", None),
-                    student_transform=get_logit_transform(student.config),
-                    teacher_transform=get_logit_transform(self.teacher_model.config),
-                    vocab_limit=self.args.vocab_limit,
-                    chunk_size=self.args.kd_chunk_size or "auto",
-                )
+                kd = self._compare(last_hidden(student, student_inputs), student, targets, following)
             results.append(kd)
             return kd.loss
 
@@ -221,6 +217,36 @@ class DistillationTrainer(Trainer):
         kd.loss = loss
         return kd
 
+    def _compare(
+        self, hidden: Tensor, student: PreTrainedModel, targets: HeadTargets | TopKTargets, following: Tensor
+    ) -> KDOutput:
+        """The loss of the student's hidden states [tokens, hidden] and its head against the teacher's targets."""
+        head = student.get_output_embeddings()
+        options = {
+            "token_weight": (following != IGNORE_INDEX).float(),
+            "labels": following,
+            "temperature": self.args.temperature,
+            "ce_weight": self.args.ce_weight,
+            "chunk_size": self.args.kd_chunk_size or "auto",
+        }
+        if isinstance(targets, TopKTargets):
+            *kept, vocab_size = targets
+            return fused_linear_topk_kd(hidden, head.weight, *kept, vocab_limit=vocab_size, **options)
+        return fused_linear_kd(
+            hidden,
+            head.weight,
+            targets.hidden,
+            targets.weight,
+            divergence=self.args.divergence,
+            js_beta=self.args.js_beta,
+            student_bias=getattr(head, "bias", None),
+            teacher_bias=targets.bias,
+            student_transform=get_logit_transform(student.config),
+            teacher_transform=targets.transform,
+            vocab_limit=self.args.vocab_limit,
+            **options,
+        )
+
     def _new_sums(self) -> Tensor:
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
         return torch.zeros(len(SUM_NAMES), dtype=dtype, device=self.args.device)
@@ -228,7 +254,8 @@ class DistillationTrainer(Trainer):
     def _row_sums(self, kd: KDOutput, rows: int) -> Tensor:
         """Sums over each row's targets, [rows, len(SUM_NAMES)], left on the device."""
         counted = kd.token_mask
-        columns = (kd.token_loss, kd.token_kl, kd.token_ce, kd.teacher_token_ce, kd.top1_agreement, counted)
+        teacher_ce = torch.zeros_like(kd.token_kl) if kd.teacher_token_ce is None else kd.teacher_token_ce
+        columns = (kd.token_loss, kd.token_kl, kd.token_ce, teacher_ce, kd.top1_agreement, counted)
         return torch.stack([c.detach().to(self._train_sums.dtype).view(rows, -1).sum(1) for c in columns], dim=1)
 
     def _reduced_train_sums(self) -> list[float]:
@@ -242,6 +269,15 @@ class DistillationTrainer(Trainer):
                 "the last checkpoint; with fp16, use bf16."
             )
         return sums
+
+    def _means(self, sums: Sequence[float]) -> dict[str, float]:
+        """Means over tokens of the SUM_NAMES that are known, and their number; NaN when there are none."""
+        values = dict(zip(SUM_NAMES, sums, strict=True))
+        count = int(values.pop("num_tokens"))
+        if not self.teacher.knows_labels:
+            del values["teacher_lm_loss"]
+        means = {name: value / count if count else math.nan for name, value in values.items()}
+        return {**means, "num_tokens": count}
 
     def _tokens_seen(self) -> _TokensSeen:
         return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, _TokensSeen))
@@ -275,19 +311,6 @@ def _redirected_forward(module: nn.Module, forward: Callable[..., Tensor]) -> It
             del module.forward
         else:
             module.forward = own
-
-
-def _last_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The state that the head reads, [rows * length, hidden], by the backbone alone: no logits are made."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
-
-
-def _means(sums: Sequence[float]) -> dict[str, float]:
-    """Means over tokens of the SUM_NAMES, and their number; NaN when there are none."""
-    values = dict(zip(SUM_NAMES, sums, strict=True))
-    count = int(values.pop("num_tokens"))
-    means = {name: value / count if count else math.nan for name, value in values.items()}
-    return {**means, "num_tokens": count}
 
 
 def _perplexity(loss: float) -> float:
