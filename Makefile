@@ -41,7 +41,7 @@ format: .venv/.setup ## Format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-benchmark: .venv/.setup ## Run every file of benchmarks/, one after the other
+benchmark: .venv/.benchmark ## Run every file of benchmarks/, one after the other, beside what they compare with
 	@[ -n "$(BENCHMARKS)" ] || { echo "there is no Python file in benchmarks/"; exit 1; }
 	@set -e; for file in $(BENCHMARKS); do echo "== $$file"; $(BIN)/python $$file $(ARGS); done
 
@@ -53,6 +53,10 @@ clean: ## Delete caches and build outputs; keeps .venv and every checkpoint
 	$(PIP) install --no-deps torch -c constraints.txt $(addprefix --extra-index-url=,$(TORCH_INDEX_URL))
 	$(PIP) install -e ".[dev,evaluation,quantization]" -c constraints.txt
 	@touch $@
+
+.venv/.benchmark: .venv/.setup
+	$(PIP) install -e ".[dev,benchmark]" -c constraints.txt && touch $@ || \
+	    echo "not all libraries to compare with could be installed: the benchmarks say which are missing"
 
 $(BIN)/python:
 	@command -v $(PYTHON) >/dev/null || { \

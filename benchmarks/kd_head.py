@@ -1,10 +1,11 @@
-"""Claim: loss and gradient over a big vocabulary take a fraction of naive's memory, and no more time.
+"""Claim: loss and gradient over a big vocabulary take a fraction of naive's memory and less time than any other.
 
-Measures  the forward KL between two language-model heads and its gradients by the student's hidden states and head.
+Measures  a divergence between two language-model heads and its gradients by the student's hidden states and head.
           Peak memory: of every method in a fresh process, over what the inputs take. Time: in turns, in one process.
-          Error of the gradients: against fp64, on a smaller slice.
-Methods   naive: whole logits of both, log_softmax, kl_div, backward; hf-minitron: ``fused_linear_kd``. Another one is a
-          loader in METHODS; one whose package is not installed is listed as missing.
+          Error of loss and gradients: against fp64, on a smaller slice, with models at several KLs from each other.
+Methods   of `_kd_methods.py`. naive: whole logits of both, log_softmax, kl_div, backward; hf-minitron:
+          `fused_linear_kd`; and the losses of TRL, Liger and torchtune. One that is not installed (`make benchmark`
+          installs them), or has no such divergence, is listed as missing.
 Command   python benchmarks/kd_head.py [--tokens N] [--vocab V] [--device cuda --dtype bfloat16] [--json] ...
 """
 
@@ -13,68 +14,23 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+from _kd_methods import DIVERGENCES, METHODS, Heads, Loss, Unsupported
 from _measuring import Times, describe_machine, medians, peak_growth, run_afresh, show_spread, spreads, time_in_turns
 from torch import Tensor
-from torch.nn import functional as F
 
 BASELINE = "naive"
 LOGIT_SPREAD = 4.0  # standard deviation of a token's logits
-OWN_SPREAD = 0.5  # of it, what either model has for itself: the KL is about a quarter of a nat
-
-
-class Heads(NamedTuple):
-    """student_hidden [N, Hs], student_weight [V, Hs], teacher_hidden [N, Ht], teacher_weight [V, Ht]."""
-
-    student_hidden: Tensor
-    student_weight: Tensor
-    teacher_hidden: Tensor
-    teacher_weight: Tensor
-
-    def to(self, dtype: torch.dtype) -> Heads:
-        """A copy, whose student parts are leaves that take gradients."""
-        student = [tensor.detach().to(dtype).clone().requires_grad_() for tensor in self[:2]]
-        return Heads(*student, *(tensor.to(dtype) for tensor in self[2:]))
-
-
-Loss = Callable[[Heads], Tensor]  # KL(teacher || student), a mean over the tokens, in nats
-
-
-def load_naive() -> Loss:
-    """Whole logits; the distributions in fp32 whatever the logits are (in fp64 if these are)."""
-
-    def loss(heads: Heads) -> Tensor:
-        student = heads.student_hidden @ heads.student_weight.t()
-        with torch.no_grad():
-            teacher = heads.teacher_hidden @ heads.teacher_weight.t()
-        dtype = torch.promote_types(student.dtype, torch.float32)
-        logs = [F.log_softmax(logits, dim=-1, dtype=dtype) for logits in (student, teacher)]
-        return F.kl_div(*logs, reduction="batchmean", log_target=True)
-
-    return loss
-
-
-def load_fused() -> Loss:
-    """This project's."""
-    from hf_minitron.distill.kd_head import fused_linear_kd
-
-    def loss(heads: Heads) -> Tensor:
-        ones = torch.ones(len(heads.student_hidden), device=heads.student_hidden.device)
-        return fused_linear_kd(*heads, ones).loss / len(ones)
-
-    return loss
-
-
-METHODS: dict[str, Callable[[], Loss]] = {"naive": load_naive, "hf-minitron": load_fused}
+KLS = (0.5, 0.05, 0.005)  # nats, about: early and late in a distillation
 
 
 def main() -> None:
     """Measures and prints."""
     options = parse_options()
     if options.peak_of:
-        print(json.dumps({"peak_bytes": measure_peak(options, METHODS[options.peak_of]())}))
+        print(json.dumps({"peak_bytes": measure_peak(options, METHODS[options.peak_of](options.divergence))}))
         return
     facts = measure(options)
     print(json.dumps(facts, indent=2) if options.json else report(facts))
@@ -83,12 +39,14 @@ def main() -> None:
 def parse_options() -> argparse.Namespace:
     """Sizes, device and repeats."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=512)
+    parser.add_argument("--tokens", type=int, default=1024)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--hidden-student", type=int, default=768)
     parser.add_argument("--hidden-teacher", type=int, default=1024)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--divergence", default="forward_kl", choices=DIVERGENCES)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help="naive is always run")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check-tokens", type=int, default=64, help="of the slice whose gradient fp64 checks")
     parser.add_argument("--check-vocab", type=int, default=8192, help="of the same slice")
@@ -99,10 +57,9 @@ def parse_options() -> argparse.Namespace:
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
     """All figures, by method; bytes and seconds."""
-    methods, missing = load_methods(METHODS)
-    settings = vars(options).copy()
-    for name in ("json", "peak_of"):
-        del settings[name]
+    wanted = {name: load for name, load in METHODS.items() if name in (BASELINE, *options.methods)}
+    methods, missing = load_methods(wanted, options.divergence)
+    settings = {name: value for name, value in vars(options).items() if name not in ("json", "peak_of", "methods")}
     words = [f"--{name.replace('_', '-')}={value}" for name, value in settings.items()]
     peaks = {name: run_afresh(__file__, *words, f"--peak-of={name}")["peak_bytes"] for name in methods}
     errors = measure_errors(options, methods)
@@ -118,60 +75,60 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
                 "peak_ratio": peaks[name] / max(peaks[BASELINE], 1),
                 "seconds": medians(times[name]),
                 "time_ratio": spreads(times[name], times[BASELINE]),
-                **errors[name],
+                "errors": errors[name],
             }
             for name in methods
         },
     }
 
 
-def load_methods(loaders: dict[str, Callable[[], Loss]]) -> tuple[dict[str, Loss], dict[str, str]]:
-    """The methods that are installed, and of the others what their import says."""
+def load_methods(loaders: dict[str, Callable[[str], Loss]], divergence: str) -> tuple[dict[str, Loss], dict[str, str]]:
+    """The methods that are installed and have the divergence, and what is missing of the others."""
     methods, missing = {}, {}
     for name, load in loaders.items():
         try:
-            methods[name] = load()
-        except ImportError as error:
+            methods[name] = load(divergence)
+        except (ImportError, Unsupported) as error:
             missing[name] = str(error)
     return methods, missing
 
 
 def measure_peak(options: argparse.Namespace, loss: Loss) -> int:
     """Growth of peak memory over the inputs, in bytes, in the first loss and gradient of this process."""
-    heads = build(options, options.tokens, options.vocab)
+    heads = build(options, options.tokens, options.vocab, KLS[0])
     return peak_growth(lambda: loss(heads).backward(), options.device)
 
 
 def measure_times(options: argparse.Namespace, methods: dict[str, Loss]) -> dict[str, list[Times]]:
-    """Times of loss and gradient, in turns."""
-    heads = build(options, options.tokens, options.vocab)
+    """Times of loss and gradient, in turns, after one turn that does not count: some compile themselves in it."""
+    heads = build(options, options.tokens, options.vocab, KLS[0])
 
-    def step(loss: Loss, heads: Heads) -> None:
+    def step(loss: Loss) -> None:
         loss(heads).backward()
         heads.student_hidden.grad = heads.student_weight.grad = None
 
-    start = heads.student_hidden[:8].detach().requires_grad_()
-    few = heads._replace(student_hidden=start, teacher_hidden=heads.teacher_hidden[:8])
     for loss in methods.values():
-        step(loss, few)  # warm up
+        step(loss)
     return time_in_turns(
-        {name: lambda loss=loss: step(loss, heads) for name, loss in methods.items()}, options.repeats, options.device
+        {name: lambda loss=loss: step(loss) for name, loss in methods.items()}, options.repeats, options.device
     )
 
 
-def measure_errors(options: argparse.Namespace, methods: dict[str, Loss]) -> dict[str, dict[str, float]]:
-    """Errors of loss and gradients relative to naive in fp64 on the same numbers (gradients: by Frobenius norm)."""
-    heads = build(options, options.check_tokens, options.check_vocab)
-    exact_loss, *exact = differentiate(METHODS[BASELINE](), heads.to(torch.float64))
-    errors = {}
-    for name, loss in methods.items():
-        value, *gradients = differentiate(loss, heads)
-        relative = [((one - other).norm() / other.norm()).item() for one, other in zip(gradients, exact, strict=True)]
-        errors[name] = {
-            "loss_error": (value / exact_loss - 1).abs().item(),
-            "hidden_gradient_error": relative[0],
-            "weight_gradient_error": relative[1],
-        }
+def measure_errors(options: argparse.Namespace, methods: dict[str, Loss]) -> dict[str, dict[str, dict[str, float]]]:
+    """By method and KL: errors of loss and gradients relative to naive in fp64 (gradients: by Frobenius norm)."""
+    errors: dict[str, dict[str, dict[str, float]]] = {name: {} for name in methods}
+    for kl in KLS:
+        heads = build(options, options.check_tokens, options.check_vocab, kl)
+        exact_loss, *exact = differentiate(METHODS[BASELINE](options.divergence), heads.to(torch.float64))
+        for name, loss in methods.items():
+            value, *gradients = differentiate(loss, heads)
+            pairs = zip(gradients, exact, strict=True)
+            relative = [((one - other).norm() / other.norm()).item() for one, other in pairs]
+            errors[name][str(kl)] = {
+                "loss_error": (value / exact_loss - 1).abs().item(),
+                "hidden_gradient_error": relative[0],
+                "weight_gradient_error": relative[1],
+            }
     return errors
 
 
@@ -182,8 +139,8 @@ def differentiate(loss: Loss, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     return value.detach().double(), *(gradient.double() for gradient in gradients)
 
 
-def build(options: argparse.Namespace, tokens: int, vocab: int) -> Heads:
-    """Two heads that mostly agree, as late in a distillation: random, but equal in the channels that both have.
+def build(options: argparse.Namespace, tokens: int, vocab: int, kl: float) -> Heads:
+    """Two random heads at about a KL of `kl` nats: equal in three quarters of the channels, the others their own.
 
     Written in place: nothing bigger than the inputs is in memory, so that it does not hide a method's peak.
     """
@@ -201,7 +158,7 @@ def build(options: argparse.Namespace, tokens: int, vocab: int) -> Heads:
 
     found = {}
     for role, hidden in (("teacher", options.hidden_teacher), ("student", options.hidden_student)):
-        scales = LOGIT_SPREAD / shared**0.5, OWN_SPREAD / (hidden - shared) ** 0.5
+        scales = LOGIT_SPREAD / shared**0.5, (kl / (hidden - shared)) ** 0.5
         found[f"{role}_hidden"] = fill(tokens, hidden, found.get("teacher_hidden"), (1.0, 1.0))
         found[f"{role}_weight"] = fill(vocab, hidden, found.get("teacher_weight"), scales)
     heads = Heads(**found)
@@ -219,22 +176,28 @@ def report(facts: dict[str, Any]) -> str:
     """A table and how to read it."""
     from hf_minitron.publish.tables import markdown_table
 
-    settings, rows = facts["settings"], []
+    settings, rows, errors = facts["settings"], [], []
     for name, method in facts["methods"].items():
-        errors = (f"{method[key]:.1e}" for key in ("loss_error", "hidden_gradient_error", "weight_gradient_error"))
         memory = f"{method['peak_bytes'] / 2**20:,.0f}", f"{method['peak_ratio']:.2f}"
         times = [(f"{method['seconds'][clock]:.3f}", show_spread(r)) for clock, r in method["time_ratio"].items()]
-        rows.append((name, *memory, *(cell for pair in times for cell in pair), *errors))
+        rows.append((name, *memory, *(cell for pair in times for cell in pair)))
+        errors.append((name, *(show_error(error) for error in method["errors"].values())))
     clocks = [column for clock in method["seconds"] for column in (f"{clock} s", "/ naive")]
-    header = ("method", "extra MiB", "/ naive", *clocks, "loss error", "dhidden error", "dweight error")
     lines = [
-        f"{settings['tokens']} tokens, vocabulary {settings['vocab']:,}, hidden {settings['hidden_student']} and "
-        f"{settings['hidden_teacher']}, {settings['dtype']} on {settings['device']}, {settings['repeats']} repeats",
-        markdown_table(header, rows),
-        f"Extra: over the inputs; the gradients alone are {facts['gradient_bytes'] / 2**20:,.0f} MiB. Errors: relative "
-        f"to fp64, on {settings['check_tokens']} tokens and a vocabulary of {settings['check_vocab']:,}.",
+        f"{settings['divergence']}, {settings['tokens']} tokens, vocabulary {settings['vocab']:,}, hidden "
+        f"{settings['hidden_student']} and {settings['hidden_teacher']}, {settings['dtype']} on {settings['device']}, "
+        f"{settings['repeats']} repeats",
+        markdown_table(("method", "extra MiB", "/ naive", *clocks), rows),
+        f"Extra: over the inputs; the gradients alone are {facts['gradient_bytes'] / 2**20:,.0f} MiB.\n",
+        markdown_table(("error of loss / dhidden / dweight", *(f"at KL {kl}" for kl in KLS)), errors),
+        f"Relative to fp64, on {settings['check_tokens']} tokens and a vocabulary of {settings['check_vocab']:,}.",
     ]
     return "\n".join([*lines, *(f"missing: {name} ({why})" for name, why in facts["missing"].items())])
+
+
+def show_error(error: dict[str, float]) -> str:
+    """The three errors in one cell."""
+    return " / ".join(f"{error[key]:.1e}" for key in ("loss_error", "hidden_gradient_error", "weight_gradient_error"))
 
 
 if __name__ == "__main__":

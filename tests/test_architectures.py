@@ -9,9 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, GPT2Config, PreTrainedConfig
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, CohereConfig, GPT2Config, PreTrainedConfig
 
-from hf_minitron.architectures import AXES, FAMILIES, get_family, get_head_dim, support_table
+from hf_minitron.architectures import (
+    AXES,
+    FAMILIES,
+    LogitTransform,
+    get_family,
+    get_head_dim,
+    get_logit_transform,
+    support_table,
+)
 from hf_minitron.prune.target import PruneConfig, build_empty, count_parameters, target_config, target_sizes
 
 
@@ -263,6 +271,37 @@ def test_head_dim_of_a_config_that_leaves_it_out():
     assert get_head_dim(config) == 4
     del config.head_dim
     assert get_head_dim(config) == 4
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_logits_are_the_transformed_output_of_the_head(name: str):
+    """Of a model whose config caps and divides as strongly as it can, and of one that does neither."""
+    family = FAMILIES[name]
+    asked = {"final_logit_softcapping": 0.3, "logits_scaling": 4.0}
+    plain = {"final_logit_softcapping": None, "logits_scaling": 1.0}
+    ids = torch.arange(40)[None] % 61
+    for settings in (asked, plain):
+        torch.manual_seed(0)
+        config = _config(name, DISTINCT | settings | {"initializer_range": 0.5})
+        model = AutoModelForCausalLM.from_config(config).eval()
+        transform = get_logit_transform(model.config)
+        with torch.no_grad():
+            expected = transform.scale * model.get_output_embeddings()(model.base_model(ids).last_hidden_state)
+            if transform.softcap is not None:
+                expected = transform.softcap * torch.tanh(expected / transform.softcap)
+            torch.testing.assert_close(model(ids).logits, expected, rtol=1e-6, atol=1e-6)
+        transformed = settings is asked and bool(family.logit_divisor or family.logit_softcap)
+        assert (transform != LogitTransform()) == transformed
+
+
+def test_logits_of_a_family_outside_the_table_are_those_of_the_head_or_refused():
+    assert get_logit_transform(GPT2Config()) == LogitTransform()
+    with pytest.raises(ValueError, match=r"logit_scale=0.0625 of model_type='cohere'.*architectures\.py"):
+        get_logit_transform(CohereConfig())
+    with pytest.raises(ValueError, match=r"softcap=0.0 of the logits"):
+        LogitTransform(softcap=0.0)
+    with pytest.raises(ValueError, match=r"scale=inf"):
+        LogitTransform(scale=float("inf"))
 
 
 def _config(name: str, values: dict) -> PreTrainedConfig:

@@ -25,16 +25,36 @@ from transformers import PreTrainedConfig
 AXES = ("hidden", "ffn", "q", "kv", "vocab", "head_dim")
 WHOLE_AXES = ("vocab", "head_dim")  # never trimmed
 PER_LAYER_KEYS = ("layer_types", "no_rope_layers")  # config keys that hold one value per layer
+# Keys by which configs of any family say that logits are more than the head's output.
+LOGIT_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale", "output_multiplier")
+
+
+@dataclass(frozen=True)
+class LogitTransform:
+    """How logits follow from the head's output x: ``scale * x``, capped to ``softcap * tanh(scale * x / softcap)``.
+
+    Both numbers are above 0; without ``softcap`` nothing is capped. The default leaves x as it is.
+    """
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "softcap"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < float("inf"):
+                raise ValueError(f"{name}={value} of the logits is not a finite number above 0. Leave it out for none.")
 
 
 @dataclass(frozen=True)
 class Family:
-    """One model family of the Hugging Face library, as far as pruning has to know it.
+    """One model family of the Hugging Face library, as far as pruning and distillation have to know it.
 
     ``*_site`` are module names inside a decoder layer: neuron and head importance are read from the *input* of
     ``neuron_site`` and ``head_site``, channel importance from the *outputs* of ``norm_sites``. P1's other signal of
     neurons is the output of ``first_projection_site``: of the gate, where there is one, since it has the activation.
-    ``fixed`` names config keys that cannot change in this family, and why.
+    ``fixed`` names config keys that cannot change in this family, and why. ``logit_divisor`` and ``logit_softcap`` are
+    the config keys of what the model divides its logits by and caps them at, if it does.
     """
 
     model_type: str
@@ -48,6 +68,8 @@ class Family:
     head_site: str = "self_attn.o_proj"
     norm_sites: tuple[str, ...] = ("input_layernorm", "post_attention_layernorm")
     fixed: Mapping[str, str] = field(default_factory=dict)
+    logit_divisor: str | None = None
+    logit_softcap: str | None = None
 
     @property
     def num_stacked_projections(self) -> int:
@@ -123,7 +145,7 @@ FAMILIES = {
         Family("mistral", _DECODER, _OUTER),
         Family("qwen2", _DECODER | _QKV_BIASES, _OUTER),
         Family("qwen3", _DECODER | _EACH_HEAD_NORMED | _ATTENTION_BIASES, _OUTER),
-        Family("granite", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER),
+        Family("granite", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER, logit_divisor="logits_scaling"),
         Family("smollm3", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER),
         Family(
             "phi3",
@@ -136,12 +158,14 @@ FAMILIES = {
             _ATTENTION | _ATTENTION_BIASES | _GATED | _norms(_FOUR_NORMS),
             _OUTER,
             norm_sites=_FOUR_NORMS,
+            logit_softcap="final_logit_softcapping",
         ),
         Family(
             "gemma3_text",
             _ATTENTION | _ATTENTION_BIASES | _EACH_HEAD_NORMED | _GATED | _norms(_FOUR_NORMS),
             _OUTER,
             norm_sites=_FOUR_NORMS,
+            logit_softcap="final_logit_softcapping",
         ),
         Family(
             "olmo2",  # normalizes what attention and feed-forward write, not what they read
@@ -170,6 +194,26 @@ def get_family(config: PreTrainedConfig) -> Family:
             f"hf_minitron/architectures.py and its line in tests/test_architectures.py (see CONTRIBUTING.md)."
         )
     return FAMILIES[model_type]
+
+
+def get_logit_transform(config: PreTrainedConfig) -> LogitTransform:
+    """What a model of this config does to its head's output.
+
+    A family outside the table may transform its logits too: ValueError when its config has a key for that.
+    """
+    family = FAMILIES.get(getattr(config, "model_type", None))
+    if family is None:
+        for key in LOGIT_KEYS:
+            if getattr(config, key, None) not in (None, 1, 1.0):
+                raise ValueError(
+                    f"{key}={getattr(config, key)} of model_type={config.model_type!r} changes the logits after the "
+                    "head, and how is known only of the families in the table. Add a row to "
+                    "hf_minitron/architectures.py (see CONTRIBUTING.md)."
+                )
+        return LogitTransform()
+    divisor = getattr(config, family.logit_divisor) if family.logit_divisor else 1.0
+    softcap = getattr(config, family.logit_softcap) if family.logit_softcap else None
+    return LogitTransform(scale=1.0 / divisor, softcap=softcap)
 
 
 def get_head_dim(config: PreTrainedConfig) -> int:

@@ -17,7 +17,7 @@ TINY = {
     "scoring": "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4 "
     "--num-key-value-heads 2 --vocab-size 61 --rows 5 --tokens 16 --batch-size 2 --repeats 2",
     "kd_head": "--tokens 1024 --vocab 4096 --hidden-student 32 --hidden-teacher 48 --repeats 2 "
-    "--check-tokens 16 --check-vocab 512",
+    "--check-tokens 16 --check-vocab 512 --methods hf-minitron trl",
     "pruning_methods": "--num-layers-dropped 4 --seeds 2 --rows 2 --questions 3 --eval-tokens 200",
     "teacher_cache": "--teacher-hidden-size 64 --teacher-layers 2 --student-hidden-size 32 --student-layers 1 "
     "--vocab-size 512 --rows 4 --row-length 16 --top-k 16 --fidelity-rows 2 --repeats 2",
@@ -66,32 +66,64 @@ def test_scoring_judges_by_all_turns(monkeypatch, low, high, verdict):
 def test_kd_head():
     facts = json.loads(run("kd_head", "--json"))
     found = list(numbers(facts))
-    assert len(found) > 30 and all(map(math.isfinite, found))
-    assert set(facts["methods"]) == {"naive", "hf-minitron"} and not facts["missing"]
+    assert len(found) > 60 and all(map(math.isfinite, found))
+    assert set(facts["methods"]) == {"naive", "hf-minitron", "trl"} and not facts["missing"]
     naive, ours = facts["methods"]["naive"], facts["methods"]["hf-minitron"]
     logits = 1024 * 4096 * 4
     assert naive["peak_bytes"] > 3 * logits  # whole logits of both, and a gradient
     assert ours["peak_bytes"] < naive["peak_bytes"]
-    for errors in (naive, ours):
-        assert errors["loss_error"] < 1e-4
-        assert errors["hidden_gradient_error"] < 1e-4 and errors["weight_gradient_error"] < 1e-4
+    for method in facts["methods"].values():
+        assert set(method["errors"]) == {"0.5", "0.05", "0.005"}
+        assert all(value < 1e-4 for value in numbers(method["errors"]))
     assert facts["gradient_bytes"] == (1024 + 4096) * 32 * 4
 
 
-def test_kd_head_prints_a_table_and_names_methods_that_are_missing(monkeypatch, capsys):
+@pytest.fixture
+def kd_head(monkeypatch):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import kd_head
 
-    def load():
+    return kd_head
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "js", "mse", "cosine"])
+def test_methods_measure_the_same_loss(kd_head, monkeypatch, divergence):
+    """Those that are installed. torchtune's forward KL lacks the teacher's entropy: only its gradient counts."""
+    monkeypatch.setattr(sys, "argv", ["kd_head.py", *TINY["kd_head"].split(), "--divergence", divergence])
+    options = kd_head.parse_options()
+    eager = {name: load for name, load in kd_head.METHODS.items() if not name.startswith("liger")}  # it compiles
+    methods, missing = kd_head.load_methods(eager, divergence)
+    assert {"naive", "hf-minitron"} <= set(methods) and set(methods) | set(missing) == set(eager)
+    assert ("trl" in missing) == (divergence in ("mse", "cosine"))
+    for name, errors in kd_head.measure_errors(options, methods).items():
+        for error in errors.values():
+            assert error["hidden_gradient_error"] < 1e-4 and error["weight_gradient_error"] < 1e-4, name
+            assert error["loss_error"] < 1e-3 or name == "torchtune", name
+
+
+def test_heads_are_as_far_apart_as_asked(kd_head, monkeypatch):
+    words = "kd_head.py --hidden-student 64 --hidden-teacher 96"
+    monkeypatch.setattr(sys, "argv", words.split())
+    options = kd_head.parse_options()
+    for kl in kd_head.KLS:
+        heads = kd_head.build(options, 256, 2048, kl)
+        assert kd_head.METHODS["naive"]("forward_kl")(heads).item() == pytest.approx(kl, rel=0.5)
+
+
+def test_kd_head_prints_a_table_and_names_methods_that_are_missing(kd_head, monkeypatch, capsys):
+    def load(divergence):
         import no_such_peer
 
         return no_such_peer.loss
 
     monkeypatch.setitem(kd_head.METHODS, "peer", load)
-    monkeypatch.setattr(sys, "argv", ["kd_head.py", *TINY["kd_head"].split()])
+    words = f"kd_head.py {TINY['kd_head']} --methods hf-minitron peer"
+    monkeypatch.setattr(sys, "argv", words.split())
     kd_head.main()
     printed = capsys.readouterr().out
-    assert "| naive " in printed and "| hf-minitron " in printed and "| peer " not in printed
+    assert (
+        "| naive " in printed and "| hf-minitron " in printed and "| peer " not in printed and "| trl " not in printed
+    )
     assert "missing: peer (No module named 'no_such_peer')" in printed
 
 

@@ -14,6 +14,14 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from torch import nn
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from hf_minitron.distill import cache_writer, teacher_cache
 from hf_minitron.distill.cache_files import checksum
@@ -247,8 +255,27 @@ def test_an_exact_cache_keeps_the_head_and_its_bias(tmp_path):
     cache = write_cache(model, ROWS[:2], tmp_path / "cache", EXACT, FACTS)
     batch = CausalLMCollator(row_keys=True)(ROWS[:2])
     assert torch.equal(cache.targets(batch, batch["row_keys"]).bias, model.lm_head.bias)
-    with pytest.raises(ValueError, match="teacher's head has a bias"):
-        make_trainer(tmp_path, cache)
+
+
+def test_a_capped_and_scaled_teacher_says_the_same_from_both_kinds(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "tie_word_embeddings": False}
+    torch.manual_seed(4)
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=2.0, **sizes, **heads)),
+        GraniteForCausalLM(
+            GraniteConfig(logits_scaling=3.0, **{k: v for k, v in sizes.items() if k != "head_dim"}, **heads)
+        ),
+    ):
+        student = copy.deepcopy(model)
+        with torch.no_grad():
+            student.lm_head.weight.mul_(0.5)
+        name = type(model).__name__
+        found = [make_trainer(tmp_path / name, model, student=student).evaluate()["eval_kl"]]
+        for form in (CacheFormat("exact", dtype=torch.float32), CacheFormat("topk", 64, torch.float32)):
+            cache = write_cache(model, ROWS + EVAL_ROWS, tmp_path / name / form.kind, form, FACTS)
+            found.append(make_trainer(tmp_path / name, cache, student=student).evaluate()["eval_kl"])
+        assert found[0] > 0.01 and found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
 
 
 # --- going on, and refusing
@@ -369,13 +396,12 @@ def test_students_and_settings_that_do_not_fit_are_refused(tmp_path, caches, tin
     make_trainer(tmp_path, top_k, student=bigger, vocab_limit=64).evaluate()
     with pytest.raises(ValueError, match=r"temperature=2.0 needs the teacher's whole distribution"):
         make_trainer(tmp_path, top_k, temperature=2.0)
-    capped = tiny_llama(16, seed=1)
-    capped.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match="soft-capping"):
-        make_trainer(tmp_path, top_k, student=capped)
+    with pytest.raises(ValueError, match=r"divergence=reverse_kl needs the teacher's whole distribution"):
+        make_trainer(tmp_path, top_k, divergence="reverse_kl")
+    make_trainer(tmp_path, exact, divergence="reverse_kl").evaluate()
     exact.manifest["tokenizer_sha256"] = "0" * 64
     with pytest.raises(ValueError, match="made with another tokenizer: vocabulary and merges 000000000000"):
-        exact.check_student(tiny_llama(16, seed=1), None, 1.0, tiny_tokenizer)
+        exact.check_student(tiny_llama(16, seed=1), None, tiny_tokenizer)
 
 
 def test_tokenizers_are_known_by_vocabulary_and_merges(tiny_tokenizer):
@@ -394,10 +420,10 @@ def test_tokenizers_are_known_by_vocabulary_and_merges(tiny_tokenizer):
 def test_teachers_that_cannot_be_cached_are_refused(tmp_path, teacher):
     with pytest.raises(ValueError, match=r"top_k=65.*64 vocabulary entries"):
         write_cache(teacher, ROWS, tmp_path / "a", CacheFormat("topk", 65), FACTS)
-    capped = copy.deepcopy(teacher)
-    capped.config.final_logit_softcapping = 30.0
-    with pytest.raises(ValueError, match=r"final_logit_softcapping=30.0.*--kind exact"):
-        write_cache(capped, ROWS, tmp_path / "a", TOP_K, FACTS)
+    cohere = CohereForCausalLM(CohereConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                            num_attention_heads=2))  # fmt: skip
+    with pytest.raises(ValueError, match=r"logit_scale=0.0625 of model_type='cohere'"):
+        write_cache(cohere, ROWS, tmp_path / "a", TOP_K, FACTS)
     broken = copy.deepcopy(teacher)
     with torch.no_grad():
         broken.model.norm.weight[0] = torch.inf

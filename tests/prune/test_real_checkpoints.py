@@ -10,6 +10,7 @@ from torch.nn.functional import cross_entropy
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from hf_minitron.data import load_text, pack_rows
+from hf_minitron.prune.depth import read_removal
 from hf_minitron.prune.pruner import PrunerForCausalLM
 from hf_minitron.prune.target import PruneConfig, count_parameters
 
@@ -66,6 +67,23 @@ def test_every_axis_by_itself_keeps_more_than_chance(scored: PrunerForCausalLM, 
     loss = _loss(scored.prune(PruneConfig(**size)), held_out)
     random = [_loss(scored.prune(PruneConfig(**size, method="random", seed=s)), held_out) for s in range(3)]
     assert loss < sum(random) / 3
+
+
+def test_the_scan_knows_which_layers_to_drop(folder: Path, held_out: torch.Tensor):
+    """The block chosen on training text loses less on held-out text than the block it calls the worst."""
+    pruner = PrunerForCausalLM.from_pretrained(folder)
+    num_layers = pruner.config.num_hidden_layers
+    if num_layers < 3:
+        pytest.skip(f"{folder.name} has {num_layers} layers: too few to choose from")
+    rows = _rows(folder, "train_5000.jsonl", num_rows=16, seed=0)
+    scores = pruner.scan_layers(rows, num_dropped=2, progress=False)
+    damage = read_removal(scores, "lm_loss", 2).damage
+    best = pruner.prune(PruneConfig(num_hidden_layers=num_layers - 2))
+    worst = int(damage.argmax())
+    worst_loss = _loss(pruner.prune(PruneConfig(drop_layers=[worst, worst + 1])), held_out)
+    assert _loss(pruner.model, held_out) < _loss(best, held_out) < worst_loss
+    prompt = {"input_ids": held_out[:1, :16], "max_new_tokens": 20, "do_sample": False}
+    assert torch.equal(best.generate(**prompt, use_cache=True), best.generate(**prompt, use_cache=False))
 
 
 def _rows(folder: Path, file: str, num_rows: int, seed: int | None = None) -> torch.Tensor:

@@ -24,6 +24,7 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
+from hf_minitron.architectures import LOGIT_KEYS, get_logit_transform
 from hf_minitron.distill.cache_files import FORMAT_VERSION, HEAD, INDEX, MANIFEST, PLAN, checksum, describe_file
 from hf_minitron.distill.cache_folder import (
     check_folder,
@@ -35,17 +36,19 @@ from hf_minitron.distill.cache_folder import (
     write_json,
 )
 from hf_minitron.distill.collator import CausalLMCollator
-from hf_minitron.distill.compatibility import LOGIT_SCALING_KEYS, head_facts
+from hf_minitron.distill.compatibility import head_facts
+from hf_minitron.distill.divergences import transformed
 from hf_minitron.distill.fingerprints import dataset_keys, keys_tensor
+from hf_minitron.distill.kd_inputs import Model
+from hf_minitron.distill.kd_products import Head
 from hf_minitron.distill.teacher import last_hidden
 from hf_minitron.distill.teacher_cache import CachedTeacher
-from hf_minitron.distill.top_k_head import project
 from hf_minitron.hardware import parse_dtype, versions
 
 logger = logging.getLogger(__name__)
 
 LOGITS_BYTES = 2**28  # of the teacher's logits, in fp32, at a time
-HEAD_CONFIG_KEYS = ("model_type", "hidden_size", "vocab_size", *LOGIT_SCALING_KEYS)
+HEAD_CONFIG_KEYS = ("model_type", "hidden_size", "vocab_size", *LOGIT_KEYS)
 
 Rows = Dataset | Sequence[Mapping[str, Any]]
 
@@ -176,7 +179,7 @@ class _Writer:
     @cached_property
     def plan(self) -> dict[str, Any]:
         """All that decides what the shards hold."""
-        config = self.model.config.get_text_config()
+        config = self.model.config
         plan = {
             "format_version": FORMAT_VERSION,
             "kind": self.form.kind,
@@ -260,10 +263,11 @@ class _Writer:
 
     def _top_k(self, hidden: Tensor) -> dict[str, Tensor]:
         """Most likely tokens, their log-probabilities and the mass of all others, from fp32 logits."""
-        weight = self.head.weight[: self.vocab_size]
-        logits = project(hidden.to(weight.device), weight, torch.float32)
-        if self.bias is not None:
-            logits += self.bias[: self.vocab_size].float()
+        model = Model(hidden.to(self.head.weight.device), self.head.weight, self.bias)
+        head = Head(model, self.vocab_size, torch.float32)
+        logits = model.hidden.new_empty(len(hidden), self.vocab_size, dtype=torch.float32)
+        head.project(model.hidden.to(head.dtype), out=logits)
+        logits = transformed(logits, get_logit_transform(self.model.config))
         total = logits.logsumexp(-1, keepdim=True)
         kept, ids = logits.topk(self.form.top_k)
         rest = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -303,12 +307,7 @@ def _check_teacher(model: PreTrainedModel, form: CacheFormat) -> int:
         raise ValueError("The teacher's head is quantized, and the loss reads its weights: load it without that.")
     if form.kind == "exact":
         return facts.vocab_size
-    for key in LOGIT_SCALING_KEYS:
-        if getattr(facts.config, key, None) not in (None, 1, 1.0):
-            raise ValueError(
-                f"The teacher's {key}={getattr(facts.config, key)} changes its logits after the head, which a top-k "
-                "cache would ignore. Use --kind exact."
-            )
+    get_logit_transform(facts.config)  # raises if it is not known
     vocab_size = form.vocab_limit or facts.vocab_size
     if max(vocab_size, form.top_k) > facts.vocab_size or form.top_k > vocab_size:
         raise ValueError(

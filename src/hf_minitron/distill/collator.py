@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_minitron.distill.fingerprints import keys_tensor, row_key
-from hf_minitron.distill.kd_head import IGNORE_INDEX
+from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 
 
 @dataclass

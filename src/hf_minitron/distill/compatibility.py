@@ -6,12 +6,14 @@ from typing import Any, NamedTuple
 
 from transformers import PreTrainedModel
 
-# Scalings of the logits after the head that `fused_linear_kd` does not apply, by the configs' key.
-LOGIT_SCALING_KEYS = ("final_logit_softcapping", "logits_scaling", "logit_scale")
+from hf_minitron.architectures import get_logit_transform
 
 
 def check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit: int | None) -> None:
-    """Raises ValueError when one shares weights with the other, and when the fused loss cannot compare them."""
+    """Raises ValueError when one shares weights with the other, and when the fused loss cannot compare them.
+
+    It knows what the families of the table do to their logits after the head; of others, only that they do nothing.
+    """
     modules = set(student.modules())
     shared = {id(parameter) for parameter in student.parameters()} & {id(value) for value in teacher.parameters()}
     if teacher in modules or shared:
@@ -23,10 +25,9 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit
 
 
 class HeadFacts(NamedTuple):
-    """What of a model decides whether its logits can be compared; ``config`` has the LOGIT_SCALING_KEYS that apply."""
+    """What of a model decides whether its logits can be compared; ``config`` says what it does to them."""
 
     vocab_size: int
-    has_bias: bool
     config: Any
 
 
@@ -35,21 +36,14 @@ def head_facts(role: str, model: PreTrainedModel) -> HeadFacts:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
-    return HeadFacts(head.weight.shape[0], getattr(head, "bias", None) is not None, model.config)
+    return HeadFacts(head.weight.shape[0], model.config)
 
 
 def check_heads(student: HeadFacts, teacher: HeadFacts, vocab_limit: int | None) -> None:
     """Raises ValueError when the fused loss cannot compare the logits of two heads."""
     sizes = {}
     for role, facts in (("student", student), ("teacher", teacher)):
-        if facts.has_bias:
-            raise ValueError(f"The {role}'s head has a bias, which the loss would ignore: not supported.")
-        for key in LOGIT_SCALING_KEYS:
-            if getattr(facts.config, key, None) not in (None, 1, 1.0):
-                raise ValueError(
-                    f"The {role}'s {key}={getattr(facts.config, key)} changes its logits after the head, which the "
-                    "loss would ignore: not supported."
-                )
+        get_logit_transform(facts.config)
         sizes[role] = facts.vocab_size
     smaller = min(sizes.values())
     if vocab_limit is None and sizes["student"] != sizes["teacher"]:

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 
 from transformers import SchedulerType, TrainingArguments
 
+from hf_minitron.distill.divergences import Divergence, TokenLoss
+
 
 @dataclass
 class DistillationConfig(TrainingArguments):
@@ -22,13 +24,27 @@ class DistillationConfig(TrainingArguments):
     warmup_steps: float = field(
         default=40, metadata={"help": "Steps of linear warm-up, or their share below 1 (P2: 40)."}
     )
+    divergence: Divergence = field(
+        default="forward_kl",
+        metadata={
+            "help": "What the student minimises: forward_kl, KL(teacher || student), as the papers do; reverse_kl; js, "
+            "the generalized Jensen-Shannon divergence; or mse or cosine between logits (P1's ablation)."
+        },
+    )
+    js_beta: float = field(
+        default=0.5,
+        metadata={"help": "The teacher's share in the mixture of divergence js: between 0 (forward) and 1 (reverse)."},
+    )
     temperature: float = field(
         default=1.0,
-        metadata={"help": "Temperature of both distributions in the KL, which is multiplied by its square."},
+        metadata={
+            "help": "Temperature of both distributions in the divergence, which is multiplied by its square. Not for "
+            "mse and cosine."
+        },
     )
     ce_weight: float = field(
         default=0.0,
-        metadata={"help": "Weight of the student's cross-entropy on the data, added to the KL. The papers use 0."},
+        metadata={"help": "Weight of the student's cross-entropy on the data, added to the divergence. P2 uses 0."},
     )
     vocab_limit: int | None = field(
         default=None,
@@ -51,10 +67,7 @@ class DistillationConfig(TrainingArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.temperature > 0:
-            raise ValueError(f"temperature={self.temperature} is not above 0: logits are divided by it. Use 1.0.")
-        if not self.ce_weight >= 0:
-            raise ValueError(f"ce_weight={self.ce_weight} is negative: it weighs a loss. Use 0.0 for the KL alone.")
+        TokenLoss(self.divergence, self.temperature, self.ce_weight, self.js_beta)  # raises what is wrong
         for name in ("vocab_limit", "kd_chunk_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -287,7 +287,7 @@ def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[s
     default = publishable({f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
     default["accelerator_config"] = str(AcceleratorConfig())
     chosen = settings_dict(config)
-    always = ("temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
+    always = ("divergence", "temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
     changed = {k: v for k, v in chosen.items() if k in always or (v or None) != (default.get(k) or None)}
     return asked | {key: value for key, value in changed.items() if key not in _TOLD_ELSEWHERE}
 

@@ -13,17 +13,22 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
+from hf_minitron.architectures import LogitTransform, get_logit_transform
 from hf_minitron.checkpoint import Checkpoint, check_finite
 
 Quantization = Literal["8bit", "4bit"]
 
 
 class HeadTargets(NamedTuple):
-    """The states that the teacher's head reads, [tokens, hidden], and the head: [vocabulary, hidden], [vocabulary]."""
+    """The states that the teacher's head reads, [tokens, hidden], and the head: [vocabulary, hidden], [vocabulary].
+
+    ``transform`` is what the teacher does to its head's output.
+    """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    transform: LogitTransform = LogitTransform()
 
 
 class TopKTargets(NamedTuple):
@@ -76,7 +81,8 @@ class LiveTeacher:
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
         hidden = last_hidden(self.model, inputs).to(self.device)
-        return HeadTargets(hidden, head.weight.to(self.device), None if bias is None else bias.to(self.device))
+        bias = None if bias is None else bias.to(self.device)
+        return HeadTargets(hidden, head.weight.to(self.device), bias, get_logit_transform(self.model.config))
 
 
 def last_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:

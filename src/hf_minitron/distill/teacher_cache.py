@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_minitron.architectures import get_logit_transform
 from hf_minitron.distill.cache_files import MANIFEST, Shard, check_file, hash_file, read_manifest
-from hf_minitron.distill.compatibility import LOGIT_SCALING_KEYS, HeadFacts, check_heads, head_facts
+from hf_minitron.distill.compatibility import HeadFacts, check_heads, head_facts
+from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.fingerprints import dataset_keys, hash_tokenizer, keys_tensor
 from hf_minitron.distill.teacher import HeadTargets, TopKTargets
 
@@ -102,7 +104,8 @@ class CachedTeacher:
             raise ValueError(f"{self.folder} lacks {int((found < 0).sum())} of {len(found)} rows of a batch.")
         tensors = self._read(found, shape)
         if self.kind == "exact":
-            return HeadTargets(tensors["hidden"], self._head["weight"], self._head.get("bias"))
+            transform = get_logit_transform(self._config)
+            return HeadTargets(tensors["hidden"], self._head["weight"], self._head.get("bias"), transform)
         return TopKTargets(tensors["token_ids"], tensors["log_probs"], tensors["tail_mass"], self.vocab_size)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
@@ -135,27 +138,21 @@ class CachedTeacher:
                 "was made with (its manifest.json tells), or cache these rows."
             )
 
-    def check_student(
-        self, student: PreTrainedModel, vocab_limit: int | None, temperature: float, processing_class: Any = None
-    ) -> None:
+    def check_student(self, student: PreTrainedModel, args: DistillationConfig, processing_class: Any = None) -> None:
         """Raises ValueError, with the difference, if the cache does not fit a student and its run."""
         if isinstance(processing_class, PreTrainedTokenizerBase):
             self.check_tokenizer(processing_class)
-        facts = head_facts("student", student)
+        facts, vocab_limit = head_facts("student", student), args.vocab_limit
         if self.kind == "exact":
-            config = SimpleNamespace(**self.manifest["teacher_config"])
-            check_heads(facts, HeadFacts(self.vocab_size, "bias" in self._head, config), vocab_limit)
+            check_heads(facts, HeadFacts(self.vocab_size, self._config), vocab_limit)
             return
-        if temperature != 1:
-            raise ValueError(
-                f"temperature={temperature} needs the teacher's whole distribution, and {self.folder} holds the top "
-                f"{self.manifest['top_k']} and the mass of the rest. Use temperature=1.0, or an exact cache."
-            )
-        if facts.has_bias or any(getattr(facts.config, key, None) not in (None, 1, 1.0) for key in LOGIT_SCALING_KEYS):
-            raise ValueError(
-                "The student's head has a bias, soft-capping or scaling, which the top-k loss would ignore: use an "
-                "exact cache or a live teacher."
-            )
+        get_logit_transform(facts.config)  # raises if it is not known
+        for name, needed in (("temperature", 1), ("divergence", "forward_kl")):
+            if getattr(args, name) != needed:
+                raise ValueError(
+                    f"{name}={getattr(args, name)} needs the teacher's whole distribution, and {self.folder} holds the "
+                    f"top {self.manifest['top_k']} and the mass of the rest. Use {name}={needed}, or an exact cache."
+                )
         entries = min(vocab_limit or facts.vocab_size, facts.vocab_size)
         if entries != self.vocab_size:
             raise ValueError(
@@ -188,6 +185,11 @@ class CachedTeacher:
         """Checks every shard against the manifest now, instead of when it is first read."""
         for number in range(len(self.manifest["shards"])):
             self._shard(number)
+
+    @property
+    def _config(self) -> Any:
+        """What the teacher's config says of its logits."""
+        return SimpleNamespace(**self.manifest["teacher_config"])
 
     def _read(self, rows: np.ndarray, shape: torch.Size) -> dict[str, Tensor]:
         """Every tensor of the rows, [rows * length, ...], on the device."""

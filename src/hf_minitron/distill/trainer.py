@@ -1,8 +1,8 @@
-"""`DistillationTrainer`: a transformers.Trainer whose loss is the fused KL against a teacher.
+"""`DistillationTrainer`: a transformers.Trainer whose loss is the fused divergence from a teacher.
 
-The papers' method: forward KL on logits only, temperature 1, no cross-entropy (P2, arXiv 2408.11796, "Retraining";
-P1, arXiv 2407.14679, section 3). Off-policy: the teacher reads the same rows as the student, first, and leaves only
-its last hidden state.
+By default the papers' method: forward KL on logits only, temperature 1, no cross-entropy (P2, arXiv 2408.11796,
+"Retraining"; P1, arXiv 2407.14679, section 3). Off-policy: the teacher reads the same rows as the student, first, and
+leaves only its last hidden state.
 """
 
 from __future__ import annotations
@@ -17,16 +17,18 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
+from hf_minitron.architectures import get_logit_transform
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.compatibility import check_models
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.kd_head import IGNORE_INDEX, KDOutput, fused_linear_kd
+from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
+from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 from hf_minitron.distill.teacher import HeadTargets, LiveTeacher, Teacher, TopKTargets, last_hidden
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.top_k_head import fused_linear_topk_kd
 
 # Sums over tokens that training and evaluation report, in this order.
-SUM_NAMES = ("kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
+SUM_NAMES = ("loss", "kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
 
 
 class DistillationTrainer(Trainer):
@@ -37,10 +39,12 @@ class DistillationTrainer(Trainer):
     the number of processes. `teacher_model` is frozen, put in eval mode and moved to the device; it is never saved. It
     may also be a `CachedTeacher`: then all rows must be in its cache, which is checked here, and none runs.
 
-    Train logs add `kl` (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
+    `loss` is what is minimised. Train logs add `kl`, which is KL(teacher || student) whatever the divergence, so that
+    runs compare (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
     `teacher_lm_loss` and `top1_agreement`, averaged over the targets since the last log, and `num_tokens_seen`, the
-    targets trained on so far. Evaluation reports the same over the whole set, and perplexities. All in nats. With a
-    top-k cache `kl` is that over the kept tokens and the rest, and the teacher's own loss is not known.
+    targets trained on so far. Evaluation reports the same over the whole set, and perplexities. All in nats, but for
+    the loss where it compares logits. With a top-k cache `kl` is that over the kept tokens and the rest, and the
+    teacher's own loss is not known.
 
     Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
     """
@@ -62,7 +66,7 @@ class DistillationTrainer(Trainer):
             raise TypeError(f"args is a {type(args).__name__}, without the loss's settings: use DistillationConfig.")
         cached = isinstance(teacher_model, CachedTeacher)
         if cached:
-            teacher_model.check_student(model, args.vocab_limit, args.temperature, processing_class)
+            teacher_model.check_student(model, args, processing_class)
         else:
             check_models(model, teacher_model, args.vocab_limit)
         if args.n_gpu > 1:
@@ -164,7 +168,6 @@ class DistillationTrainer(Trainer):
         self._eval_sums = self._new_sums()
         output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means = self._means(self._eval_sums.tolist())
-        means["loss"] = self.args.temperature**2 * means["kl"] + self.args.ce_weight * means["lm_loss"]
         means["perplexity"] = _perplexity(means["lm_loss"])
         if "teacher_lm_loss" in means:
             means["teacher_perplexity"] = _perplexity(means["teacher_lm_loss"])
@@ -181,7 +184,7 @@ class DistillationTrainer(Trainer):
             seen.since_last_log = 0
             if "loss" in logs:
                 means = self._means(sums)
-                del means["num_tokens"]
+                del means["num_tokens"], means["loss"]  # the Trainer has a loss of its own
                 logs.update(means, num_tokens_seen=seen.at_last_log)
         super().log(logs, start_time)
 
@@ -205,7 +208,7 @@ class DistillationTrainer(Trainer):
         def forward(**student_inputs: Tensor) -> Tensor:
             with self.accelerator.autocast():
                 hidden = last_hidden(student, student_inputs)
-                kd = self._compare(hidden, student.get_output_embeddings().weight, targets, following)
+                kd = self._compare(hidden, student, targets, following)
             results.append(kd)
             return kd.loss
 
@@ -216,21 +219,33 @@ class DistillationTrainer(Trainer):
         return kd
 
     def _compare(
-        self, hidden: Tensor, weight: Tensor, targets: HeadTargets | TopKTargets, following: Tensor
+        self, hidden: Tensor, student: PreTrainedModel, targets: HeadTargets | TopKTargets, following: Tensor
     ) -> KDOutput:
         """The loss of the student's hidden states [tokens, hidden] and head against the teacher's targets."""
+        head, args = student.get_output_embeddings(), self.args
         options = {
             "token_weight": (following != IGNORE_INDEX).float(),
             "labels": following,
-            "temperature": self.args.temperature,
-            "ce_weight": self.args.ce_weight,
-            "chunk_size": self.args.kd_chunk_size or "auto",
+            "temperature": args.temperature,
+            "ce_weight": args.ce_weight,
+            "student_bias": getattr(head, "bias", None),
+            "student_transform": get_logit_transform(student.config),
+            "chunk_size": args.kd_chunk_size or "auto",
         }
         if isinstance(targets, TopKTargets):
             *kept, vocab_size = targets
-            return fused_linear_topk_kd(hidden, weight, *kept, vocab_limit=vocab_size, **options)
+            return fused_linear_topk_kd(hidden, head.weight, *kept, vocab_limit=vocab_size, **options)
         return fused_linear_kd(
-            hidden, weight, targets.hidden, targets.weight, vocab_limit=self.args.vocab_limit, **options
+            hidden,
+            head.weight,
+            targets.hidden,
+            targets.weight,
+            teacher_bias=targets.bias,
+            teacher_transform=targets.transform,
+            divergence=args.divergence,
+            js_beta=args.js_beta,
+            vocab_limit=args.vocab_limit,
+            **options,
         )
 
     def _new_sums(self) -> Tensor:
@@ -242,7 +257,7 @@ class DistillationTrainer(Trainer):
         counted = kd.token_mask
         unknown = torch.zeros_like(kd.token_kl)
         teacher_ce = unknown if kd.teacher_token_ce is None else kd.teacher_token_ce
-        columns = (kd.token_kl, kd.token_ce, teacher_ce, kd.top1_agreement, counted)
+        columns = (kd.token_loss, kd.token_kl, kd.token_ce, teacher_ce, kd.top1_agreement, counted)
         return torch.stack([c.detach().to(self._train_sums.dtype).view(rows, -1).sum(1) for c in columns], dim=1)
 
     def _reduced_train_sums(self) -> list[float]:

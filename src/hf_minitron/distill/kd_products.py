@@ -1,0 +1,73 @@
+"""The matrix products of the fused distillation loss: half-precision operands, but fp32 results and sums.
+
+On CUDA half-precision operands are multiplied into fp32 by the product itself. Elsewhere there is no such product, and
+they are upcast, the head a block of the vocabulary at a time so that it never exists twice.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_minitron.distill.kd_inputs import Model
+
+HALF = (torch.bfloat16, torch.float16)
+VOCABULARY_BLOCK = 8192  # rows of a head that are upcast at a time
+
+
+class Head:
+    """A model's head, its first `vocab_size` rows, as the products with its hidden states take it.
+
+    `dtype` is that of the operands: the weight's where the device multiplies it into `precise`, else `precise` (fp32,
+    or fp64). Under CUDA autocast an fp32 head is cast to the autocast dtype.
+    """
+
+    def __init__(self, model: Model, vocab_size: int, precise: torch.dtype) -> None:
+        self.dtype = _operand_dtype(model, precise)
+        self.precise = precise
+        self._hidden = model.hidden
+        self._weight = model.weight.detach()[:vocab_size]
+        self._bias = None if model.bias is None else model.bias.detach()[:vocab_size].to(precise)
+        if self._weight.is_cuda:
+            self._weight = self._weight.to(self.dtype)
+        whole = self._weight.dtype == self.dtype
+        size = vocab_size if whole else VOCABULARY_BLOCK
+        self._blocks = [slice(start, start + size) for start in range(0, vocab_size, size)]
+
+    def rows(self, tokens: Tensor) -> Tensor:
+        """The hidden states of some tokens, [n, H]."""
+        return self._hidden[tokens].to(self.dtype)
+
+    def project(self, hidden: Tensor, out: Tensor) -> Tensor:
+        """hidden [n, H] times the head, plus its bias, into `out` [n, V], which is `precise`."""
+        for block in self._blocks:
+            multiply_(out[:, block], hidden, self._weight[block].to(self.dtype).t(), beta=0)
+        return out if self._bias is None else out.add_(self._bias)
+
+    def pull_back(self, grad: Tensor) -> Tensor:
+        """The gradient by the hidden states [n, H], `precise`, from that by the logits [n, V]."""
+        result = grad.new_empty(len(grad), self._weight.shape[1], dtype=self.precise)
+        for block in self._blocks:
+            multiply_(result, grad[:, block], self._weight[block].to(self.dtype), beta=int(block.start > 0))
+        return result
+
+
+def multiply_(out: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
+    """out = beta * out + left @ right, in the precision of `out`, which may hold anything if beta is 0."""
+    if left.dtype == out.dtype:
+        torch.addmm(out, left, right, beta=beta, out=out)
+    else:
+        torch.addmm(out, left, right, beta=beta, out_dtype=out.dtype, out=out)
+
+
+def precise_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of logits, softmaxes and sums: fp32, or fp64 if any tensor is."""
+    return torch.float64 if any(tensor.dtype == torch.float64 for tensor in tensors) else torch.float32
+
+
+def _operand_dtype(model: Model, precise: torch.dtype) -> torch.dtype:
+    if not model.weight.is_cuda or precise != torch.float32:
+        return precise
+    if model.weight.dtype in HALF and model.weight.dtype == model.hidden.dtype:
+        return model.weight.dtype
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else precise
