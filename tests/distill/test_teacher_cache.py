@@ -14,7 +14,14 @@ import torch
 from datasets import Dataset
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, Gemma2Config, GraniteConfig
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+)
 
 from hf_minitron.distill import cache_writer, teacher_cache
 from hf_minitron.distill.cache_files import checksum
@@ -245,29 +252,30 @@ def test_log_probabilities_come_from_precise_logits_and_the_heads_bias(tmp_path,
 def test_an_exact_cache_keeps_the_head_and_its_bias(tmp_path):
     model = tiny_llama(24, seed=3)
     model.lm_head = nn.Linear(24, 64, bias=True)
-    cache = write_cache(model, [*ROWS, *EVAL_ROWS], tmp_path / "cache", EXACT, FACTS)
+    cache = write_cache(model, ROWS[:2], tmp_path / "cache", EXACT, FACTS)
     batch = CausalLMCollator(row_keys=True)(ROWS[:2])
     assert torch.equal(cache.targets(batch, batch["row_keys"]).bias, model.lm_head.bias)
-    found = [make_trainer(tmp_path, teacher).evaluate()["eval_kl"] for teacher in (model, cache)]
-    assert found[1] == pytest.approx(found[0], rel=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["exact", "topk"])
-def test_logits_are_capped_and_scaled_as_the_teacher_does(tmp_path, kind):
-    """Gemma 2 caps its logits and Granite divides them: a cache gives the same loss, or at k = V the same."""
-    sizes = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 4}
-    sizes |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0}
-    for config in (
-        Gemma2Config(**sizes, final_logit_softcapping=2.0),
-        GraniteConfig(**{key: size for key, size in sizes.items() if key != "head_dim"}, logits_scaling=3.0),
+def test_a_capped_and_scaled_teacher_says_the_same_from_both_kinds(tmp_path):
+    sizes = {"vocab_size": 64, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "head_dim": 8}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3, "tie_word_embeddings": False}
+    torch.manual_seed(4)
+    for model in (
+        Gemma2ForCausalLM(Gemma2Config(final_logit_softcapping=2.0, **sizes, **heads)),
+        GraniteForCausalLM(
+            GraniteConfig(logits_scaling=3.0, **{k: v for k, v in sizes.items() if k != "head_dim"}, **heads)
+        ),
     ):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config)
-        form = EXACT if kind == "exact" else CacheFormat("topk", 64, dtype=torch.float32)
-        cache = write_cache(model, [*ROWS, *EVAL_ROWS], tmp_path / config.model_type, form, FACTS)
-        found = [make_trainer(tmp_path, teacher).evaluate()["eval_kl"] for teacher in (model, cache)]
-        assert found[1] == pytest.approx(found[0], rel=1e-5)
-        assert found[0] > 0.01
+        student = copy.deepcopy(model)
+        with torch.no_grad():
+            student.lm_head.weight.mul_(0.5)
+        name = type(model).__name__
+        found = [make_trainer(tmp_path / name, model, student=student).evaluate()["eval_kl"]]
+        for form in (CacheFormat("exact", dtype=torch.float32), CacheFormat("topk", 64, torch.float32)):
+            cache = write_cache(model, ROWS + EVAL_ROWS, tmp_path / name / form.kind, form, FACTS)
+            found.append(make_trainer(tmp_path / name, cache, student=student).evaluate()["eval_kl"])
+        assert found[0] > 0.01 and found[1:] == pytest.approx([found[0]] * 2, rel=1e-5)
 
 
 # --- going on, and refusing
@@ -390,13 +398,10 @@ def test_students_and_settings_that_do_not_fit_are_refused(tmp_path, caches, tin
         make_trainer(tmp_path, top_k, temperature=2.0)
     with pytest.raises(ValueError, match=r"divergence=reverse_kl needs the teacher's whole distribution"):
         make_trainer(tmp_path, top_k, divergence="reverse_kl")
-    biased = tiny_llama(16, seed=1)
-    biased.lm_head = nn.Linear(16, 64, bias=True)
-    with pytest.raises(ValueError, match="bias, soft-capping or scaling"):
-        make_trainer(tmp_path, top_k, student=biased)
+    make_trainer(tmp_path, exact, divergence="reverse_kl").evaluate()
     exact.manifest["tokenizer_sha256"] = "0" * 64
     with pytest.raises(ValueError, match="made with another tokenizer: vocabulary and merges 000000000000"):
-        exact.check_student(tiny_llama(16, seed=1), DistillationConfig(str(tmp_path), use_cpu=True), tiny_tokenizer)
+        exact.check_student(tiny_llama(16, seed=1), None, tiny_tokenizer)
 
 
 def test_tokenizers_are_known_by_vocabulary_and_merges(tiny_tokenizer):
@@ -415,10 +420,10 @@ def test_tokenizers_are_known_by_vocabulary_and_merges(tiny_tokenizer):
 def test_teachers_that_cannot_be_cached_are_refused(tmp_path, teacher):
     with pytest.raises(ValueError, match=r"top_k=65.*64 vocabulary entries"):
         write_cache(teacher, ROWS, tmp_path / "a", CacheFormat("topk", 65), FACTS)
-    unknown = copy.deepcopy(teacher)
-    unknown.config.model_type, unknown.config.logit_scale = "cohere", 0.25
-    with pytest.raises(ValueError, match=r"logit_scale=0.25 of model_type='cohere' changes the logits"):
-        write_cache(unknown, ROWS, tmp_path / "a", TOP_K, FACTS)
+    cohere = CohereForCausalLM(CohereConfig(vocab_size=64, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
+                                            num_attention_heads=2))  # fmt: skip
+    with pytest.raises(ValueError, match=r"logit_scale=0.0625 of model_type='cohere'"):
+        write_cache(cohere, ROWS, tmp_path / "a", TOP_K, FACTS)
     broken = copy.deepcopy(teacher)
     with torch.no_grad():
         broken.model.norm.weight[0] = torch.inf

@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from hf_minitron.architectures import LogitTransform
 from hf_minitron.distill.kd_head import fused_linear_kd
 from hf_minitron.distill.top_k_head import fused_linear_topk_kd
 
@@ -52,6 +53,26 @@ def naive(inputs: dict, ce_weight: float = 0.0, vocab: int | None = None):
     kl = torch.where(p > 0, p * (p.clamp(min=1e-300).log() - q.clamp(min=1e-300).log()), 0.0).sum(-1)
     ce = torch.nn.functional.cross_entropy(logits, inputs["labels"], reduction="none")
     return kl, ce, (inputs["token_weight"].double() * (kl + ce_weight * ce)).sum()
+
+
+@pytest.mark.parametrize("transform", [LogitTransform(0.5), LogitTransform(2.0, 3.0), LogitTransform(softcap=1.5)])
+@pytest.mark.parametrize("k", [4, V])
+def test_biased_scaled_and_capped_heads(k, transform):
+    inputs = make_inputs(k)
+    bias = torch.linspace(-1, 1, V, dtype=torch.float64).requires_grad_()
+    head = {"student_bias": bias, "student_transform": transform}
+    output = call(inputs, ce_weight=0.3, chunk_size=7, **head)
+    logits = transform.scale * (inputs["student_hidden"] @ inputs["student_weight"].t() + bias)
+    if transform.softcap is not None:
+        logits = transform.softcap * torch.tanh(logits / transform.softcap)
+    whole = inputs | {"student_hidden": logits, "student_weight": torch.eye(V, dtype=torch.float64)}
+    _, _, loss = naive(whole, 0.3)
+    torch.testing.assert_close(output.loss, loss, rtol=1e-11, atol=0)
+    torch.testing.assert_close(output.token_loss, output.token_kl + 0.3 * output.token_ce)
+    leaves = (inputs["student_hidden"], inputs["student_weight"], bias)
+    pairs = zip(torch.autograd.grad(output.loss, leaves), torch.autograd.grad(loss, leaves), strict=True)
+    for fused, reference in pairs:
+        torch.testing.assert_close(fused, reference, rtol=1e-8, atol=1e-10)
 
 
 def gradients(loss, inputs):
@@ -214,7 +235,7 @@ def test_never_more_than_a_chunk_of_logits():
         ({"ce_weight": -1.0}, "ce_weight=-1.0"),
         ({"labels": None, "ce_weight": 1.0}, "needs labels"),
         ({"vocab_limit": V + 1}, "vocab_limit=102 is not between"),
-        ({"vocab_limit": 50}, "token_ids range from .* outside the vocabulary of 50"),
+        ({"vocab_limit": 50, "labels": None}, "token_ids range from .* outside the vocabulary of 50"),
         ({"tail_mass": torch.zeros(3)}, r"tail_mass has shape \(3,\).*\(37,\)"),
         ({"log_probs": torch.zeros(N, 5)}, "log_probs has shape"),
         ({"student_weight": torch.zeros(V, H + 1)}, "do not fit"),

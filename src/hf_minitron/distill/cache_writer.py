@@ -39,9 +39,10 @@ from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.compatibility import head_facts
 from hf_minitron.distill.divergences import transformed
 from hf_minitron.distill.fingerprints import dataset_keys, keys_tensor
+from hf_minitron.distill.kd_inputs import Model
+from hf_minitron.distill.kd_products import Head
 from hf_minitron.distill.teacher import last_hidden
 from hf_minitron.distill.teacher_cache import CachedTeacher
-from hf_minitron.distill.top_k_head import project
 from hf_minitron.hardware import parse_dtype, versions
 
 logger = logging.getLogger(__name__)
@@ -153,7 +154,6 @@ class _Writer:
         self.vocab_size = _check_teacher(model, form)
         self.head = model.get_output_embeddings()
         self.bias = getattr(self.head, "bias", None)
-        self.transform = get_logit_transform(model.config)
         keys = dataset_keys(rows)
         if not keys:
             raise ValueError("There are no rows to cache. Use more text.")
@@ -179,7 +179,7 @@ class _Writer:
     @cached_property
     def plan(self) -> dict[str, Any]:
         """All that decides what the shards hold."""
-        config = self.model.config.get_text_config()
+        config = self.model.config
         plan = {
             "format_version": FORMAT_VERSION,
             "kind": self.form.kind,
@@ -263,11 +263,11 @@ class _Writer:
 
     def _top_k(self, hidden: Tensor) -> dict[str, Tensor]:
         """Most likely tokens, their log-probabilities and the mass of all others, from fp32 logits."""
-        weight = self.head.weight[: self.vocab_size]
-        logits = project(hidden.to(weight.device), weight, torch.float32)
-        if self.bias is not None:
-            logits += self.bias[: self.vocab_size].float()
-        logits = transformed(logits, self.transform)
+        model = Model(hidden.to(self.head.weight.device), self.head.weight, self.bias)
+        head = Head(model, self.vocab_size, torch.float32)
+        logits = model.hidden.new_empty(len(hidden), self.vocab_size, dtype=torch.float32)
+        head.project(model.hidden.to(head.dtype), out=logits)
+        logits = transformed(logits, get_logit_transform(self.model.config))
         total = logits.logsumexp(-1, keepdim=True)
         kept, ids = logits.topk(self.form.top_k)
         rest = logits.scatter_(-1, ids, -torch.inf).logsumexp(-1, keepdim=True)
@@ -305,9 +305,9 @@ def _check_teacher(model: PreTrainedModel, form: CacheFormat) -> int:
     facts = head_facts("teacher", model)
     if not model.get_output_embeddings().weight.is_floating_point():
         raise ValueError("The teacher's head is quantized, and the loss reads its weights: load it without that.")
-    get_logit_transform(facts.config)
     if form.kind == "exact":
         return facts.vocab_size
+    get_logit_transform(facts.config)  # raises if it is not known
     vocab_size = form.vocab_limit or facts.vocab_size
     if max(vocab_size, form.top_k) > facts.vocab_size or form.top_k > vocab_size:
         raise ValueError(

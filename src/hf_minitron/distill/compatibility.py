@@ -25,10 +25,9 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit
 
 
 class HeadFacts(NamedTuple):
-    """What of a model decides whether its logits can be compared; ``config`` is the model's, or has its LOGIT_KEYS."""
+    """What of a model decides whether its logits can be compared; ``config`` says what it does to them."""
 
     vocab_size: int
-    has_bias: bool
     config: Any
 
 
@@ -37,7 +36,7 @@ def head_facts(role: str, model: PreTrainedModel) -> HeadFacts:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
-    return HeadFacts(head.weight.shape[0], getattr(head, "bias", None) is not None, model.config)
+    return HeadFacts(head.weight.shape[0], model.config)
 
 
 def check_heads(student: HeadFacts, teacher: HeadFacts, vocab_limit: int | None) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.architectures import LogitTransform, get_logit_transform
+from hf_minitron.architectures import get_logit_transform
 from hf_minitron.distill.cache_files import MANIFEST, Shard, check_file, hash_file, read_manifest
 from hf_minitron.distill.compatibility import HeadFacts, check_heads, head_facts
 from hf_minitron.distill.config import DistillationConfig
@@ -85,11 +85,6 @@ class CachedTeacher:
         facts |= {"path": self.folder.resolve().name, "manifest_sha256": hash_file(self.folder / MANIFEST)}
         return self.manifest["teacher"] | {"cache": facts}
 
-    @property
-    def _teacher_config(self) -> SimpleNamespace:
-        """What the teacher's config says of its logits."""
-        return SimpleNamespace(**self.manifest["teacher_config"])
-
     def to(self, device: torch.device | str) -> CachedTeacher:
         """Puts the head on a device; targets come there too."""
         self.device = torch.device(device)
@@ -109,7 +104,7 @@ class CachedTeacher:
             raise ValueError(f"{self.folder} lacks {int((found < 0).sum())} of {len(found)} rows of a batch.")
         tensors = self._read(found, shape)
         if self.kind == "exact":
-            transform = get_logit_transform(self._teacher_config)
+            transform = get_logit_transform(self._config)
             return HeadTargets(tensors["hidden"], self._head["weight"], self._head.get("bias"), transform)
         return TopKTargets(tensors["token_ids"], tensors["log_probs"], tensors["tail_mass"], self.vocab_size)
 
@@ -147,29 +142,21 @@ class CachedTeacher:
         """Raises ValueError, with the difference, if the cache does not fit a student and its run."""
         if isinstance(processing_class, PreTrainedTokenizerBase):
             self.check_tokenizer(processing_class)
-        facts = head_facts("student", student)
+        facts, vocab_limit = head_facts("student", student), args.vocab_limit
         if self.kind == "exact":
-            check_heads(facts, HeadFacts(self.vocab_size, "bias" in self._head, self._teacher_config), args.vocab_limit)
+            check_heads(facts, HeadFacts(self.vocab_size, self._config), vocab_limit)
             return
-        if args.divergence != "forward_kl":
-            raise ValueError(
-                f"divergence={args.divergence} needs the teacher's whole distribution, and {self.folder} holds the top "
-                f"{self.manifest['top_k']} and the mass of the rest. Use forward_kl, or an exact cache."
-            )
-        if args.temperature != 1:
-            raise ValueError(
-                f"temperature={args.temperature} needs the teacher's whole distribution, and {self.folder} holds the "
-                f"top {self.manifest['top_k']} and the mass of the rest. Use temperature=1.0, or an exact cache."
-            )
-        if facts.has_bias or get_logit_transform(facts.config) != LogitTransform():
-            raise ValueError(
-                "The student's head has a bias, soft-capping or scaling, which the top-k loss would ignore: use an "
-                "exact cache or a live teacher."
-            )
-        entries = min(args.vocab_limit or facts.vocab_size, facts.vocab_size)
+        get_logit_transform(facts.config)  # raises if it is not known
+        for name, needed in (("temperature", 1), ("divergence", "forward_kl")):
+            if getattr(args, name) != needed:
+                raise ValueError(
+                    f"{name}={getattr(args, name)} needs the teacher's whole distribution, and {self.folder} holds the "
+                    f"top {self.manifest['top_k']} and the mass of the rest. Use {name}={needed}, or an exact cache."
+                )
+        entries = min(vocab_limit or facts.vocab_size, facts.vocab_size)
         if entries != self.vocab_size:
             raise ValueError(
-                f"The student's distribution has {entries} entries (vocab_limit={args.vocab_limit}, head "
+                f"The student's distribution has {entries} entries (vocab_limit={vocab_limit}, head "
                 f"{facts.vocab_size}), the cached teacher's {self.vocab_size}: the KL needs one vocabulary. Set "
                 f"vocab_limit={self.vocab_size} if only padding differs, or make the cache with another --vocab-limit."
             )
@@ -198,6 +185,11 @@ class CachedTeacher:
         """Checks every shard against the manifest now, instead of when it is first read."""
         for number in range(len(self.manifest["shards"])):
             self._shard(number)
+
+    @property
+    def _config(self) -> Any:
+        """What the teacher's config says of its logits."""
+        return SimpleNamespace(**self.manifest["teacher_config"])
 
     def _read(self, rows: np.ndarray, shape: torch.Size) -> dict[str, Tensor]:
         """Every tensor of the rows, [rows * length, ...], on the device."""

@@ -7,6 +7,7 @@ is computed in the forward, chunk of tokens by chunk of tokens.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from hf_minitron.architectures import LogitTransform
+from hf_minitron.distill.divergences import transformed
 from hf_minitron.distill.kd_head import KDOutput
-from hf_minitron.distill.kd_inputs import IGNORE_INDEX
+from hf_minitron.distill.kd_inputs import Model, tokens_per_chunk, used_tokens
+from hf_minitron.distill.kd_products import Head, multiply_, precise_dtype
 
-CPU_CHUNK, CUDA_CHUNK = 256, 1024  # tokens
-CUDA_MEMORY_SHARE = 0.05  # of the device's whole memory, for one chunk's logits
-HALF = (torch.bfloat16, torch.float16)
+FP16_ROOM = 2.0**15  # half of what fp16 can count to
 
 
 def fused_linear_topk_kd(
@@ -33,6 +35,8 @@ def fused_linear_topk_kd(
     labels: Tensor | None = None,
     ce_weight: float = 0.0,
     temperature: float = 1.0,
+    student_bias: Tensor | None = None,
+    student_transform: LogitTransform | None = None,
     vocab_limit: int | None = None,
     chunk_size: int | Literal["auto"] = "auto",
 ) -> KDOutput:
@@ -43,10 +47,10 @@ def fused_linear_topk_kd(
     log-sum inequality it is at most the full KL; with k = V it equals it. Rounded log-probabilities do not sum to 1:
     they are divided by their sum and the tail first.
 
-    Shapes: student_hidden [N, H], student_weight [V, H], token_ids [N, k] (integers, most likely first), log_probs
-    [N, k], tail_mass [N], token_weight [N], labels [N] (already shifted). A token is skipped when its weight is 0 or
-    its label -100. `vocab_limit` uses only the first rows of the head: the entries that the teacher's distribution is
-    over.
+    Shapes: student_hidden [N, H], student_weight [V, H], student_bias [V], token_ids [N, k] (integers, most likely
+    first), log_probs [N, k], tail_mass [N], token_weight [N], labels [N] (already shifted). A token is skipped when its
+    weight is 0 or its label -100. `vocab_limit` uses only the first rows of the head: the entries that the teacher's
+    distribution is over. `student_transform` is what the student does to its head's output.
 
     Only temperature 1 exists here. At another one the teacher's probabilities are p_i^(1/T) / sum_j p_j^(1/T), and the
     sum over the tail's single tokens is not known from their mass: ValueError. The teacher's cross-entropy is not known
@@ -62,20 +66,26 @@ def fused_linear_topk_kd(
         raise ValueError(f"{ce_weight=} must not be negative, and above 0 it needs labels. Use 0.0 for the KL alone.")
     vocab_size = _vocab_size(student_weight, vocab_limit)
     _check_shapes(student_hidden, student_weight, token_ids, log_probs, tail_mass, token_weight, labels)
-    used = token_weight != 0 if labels is None else (token_weight != 0) & (labels != IGNORE_INDEX)
-    used = used.nonzero().squeeze(-1)
-    _check_ids("token_ids", token_ids[used], vocab_size)
-    if labels is not None:
-        _check_ids("labels", labels[used], vocab_size)
-    precise = torch.float64 if torch.float64 in (student_hidden.dtype, student_weight.dtype) else torch.float32
-    step = _tokens_per_chunk(chunk_size, vocab_size, student_hidden.device)
-    teacher = (token_ids, log_probs.detach(), tail_mass.detach())
-    work = _Work(*teacher, token_weight, labels, used, ce_weight, vocab_size, step, precise, torch.is_grad_enabled())
-    loss, kl, ce, agreement = _FusedTopK.apply(student_hidden, student_weight, work)
+    used = used_tokens(token_weight, labels, vocab_size)
+    _check_ids(token_ids[used], vocab_size)
+    work = _Work(
+        token_ids,
+        log_probs.detach(),
+        tail_mass.detach(),
+        token_weight.detach(),
+        labels,
+        used,
+        ce_weight,
+        student_transform or LogitTransform(),
+        vocab_size,
+        tokens_per_chunk(chunk_size, vocab_size, student_hidden.device),
+        torch.is_grad_enabled(),
+    )
+    loss, token_loss, kl, ce, agreement = _FusedTopK.apply(student_hidden, student_weight, student_bias, work)
     mask = torch.zeros_like(token_weight, dtype=torch.bool).index_fill_(0, used, True)
     return KDOutput(
         loss=loss,
-        token_loss=kl + ce_weight * ce,
+        token_loss=token_loss,
         token_kl=kl,
         token_ce=None if labels is None else ce,
         teacher_token_ce=None,
@@ -83,13 +93,6 @@ def fused_linear_topk_kd(
         token_mask=mask,
         num_tokens=len(used),
     )
-
-
-def project(hidden: Tensor, weight: Tensor, precise: torch.dtype) -> Tensor:
-    """Logits [n, V] in `precise`: half-precision operands are multiplied into it on CUDA, and upcast elsewhere."""
-    operand = _operand_dtype(weight, precise)
-    hidden, weight = hidden.to(operand), weight.to(operand)
-    return hidden @ weight.t() if operand == precise else torch.mm(hidden, weight.t(), out_dtype=precise)
 
 
 @dataclass
@@ -103,69 +106,87 @@ class _Work:
     labels: Tensor | None
     used: Tensor
     ce_weight: float
+    transform: LogitTransform
     vocab_size: int
     chunk_size: int
-    precise: torch.dtype
     grad_enabled: bool
 
-    def teacher_log_probs(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+    def teacher_log_probs(self, tokens: Tensor, precise: torch.dtype) -> tuple[Tensor, Tensor]:
         """log p of the kept tokens [n, k] and of the rest [n], normalised together."""
-        kept, rest = self.log_probs[tokens].to(self.precise), self.tail_mass[tokens].to(self.precise).log()
+        kept, rest = self.log_probs[tokens].to(precise), self.tail_mass[tokens].to(precise).log()
         total = torch.logaddexp(kept.logsumexp(-1), rest)
         return kept - total.unsqueeze(-1), rest - total
+
+    def gradient_unit(self, weights: Tensor, operand: torch.dtype) -> float:
+        """What the gradient by the logits is counted in for the products: fp16 loses what is below 6e-8."""
+        if operand != torch.float16 or not len(weights):
+            return 1.0
+        largest = weights.abs().amax().item() * (1 + self.ce_weight) * self.transform.scale
+        return 2.0 ** math.ceil(math.log2(largest / FP16_ROOM)) if largest else 1.0
 
 
 class _FusedTopK(torch.autograd.Function):
     """Computes loss and gradients together; backward only multiplies by the incoming gradient."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, work: _Work) -> tuple[Tensor, ...]:
-        needs_hidden, needs_weight = (work.grad_enabled and needed for needed in ctx.needs_input_grad[:2])
-        operand = _operand_dtype(weight, work.precise)
-        head = weight.detach()[: work.vocab_size].to(operand)
-        token_weight = work.token_weight.to(work.precise)
-        kl, ce = token_weight.new_zeros(2, len(token_weight)).unbind()
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, work: _Work) -> tuple[Tensor, ...]:
+        needed = [work.grad_enabled and needs for needs in ctx.needs_input_grad[:3]]
+        precise = precise_dtype(hidden, weight)
+        head = Head(Model(hidden, weight, bias), work.vocab_size, precise)
+        token_weight = work.token_weight.to(precise)
+        unit = work.gradient_unit(token_weight[work.used], head.dtype)
+        token_loss, kl, ce = token_weight.new_zeros(3, len(token_weight)).unbind()
         agreement = torch.zeros_like(token_weight, dtype=torch.bool)
-        grad_hidden = torch.zeros_like(hidden, dtype=work.precise) if needs_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=work.precise) if needs_weight else None
+        student = (hidden, weight, bias)
+        sums = [torch.zeros_like(t, dtype=precise) if n else None for t, n in zip(student, needed, strict=True)]
+        buffer = token_weight.new_empty(min(work.chunk_size, len(work.used)), work.vocab_size)
         with torch.autocast(hidden.device.type, enabled=False):
-            for tokens in work.used.split(work.chunk_size):
-                rows = hidden[tokens].to(operand)
-                logits = project(rows, head, work.precise)
+            for tokens in work.used.split(work.chunk_size) if len(work.used) else ():
+                rows = head.rows(tokens)
+                logits = head.project(rows, out=buffer[: len(tokens)])
                 agreement[tokens] = logits.argmax(-1) == work.token_ids[tokens, 0]
-                kl[tokens], ce[tokens], grad = _token_losses(logits, tokens, work, needs_hidden or needs_weight)
-                del logits
-                if grad is None:
-                    continue
-                grad = grad.mul_(token_weight[tokens].unsqueeze(-1)).to(operand)
-                if needs_hidden:
-                    grad_hidden[tokens] = _multiply(grad, head, work.precise)
-                if needs_weight:
-                    _add_product(grad_weight[: work.vocab_size], grad.t(), rows)
-                del grad
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.dtypes = hidden.dtype, weight.dtype
-        ctx.mark_non_differentiable(kl, ce, agreement)
-        return (token_weight * (kl + work.ce_weight * ce)).sum(), kl, ce, agreement
+                kl[tokens], ce[tokens], grad = _token_losses(logits, tokens, work, any(needed))
+                if grad is not None:
+                    grad = grad.mul_((token_weight[tokens] / unit).unsqueeze(-1)).to(head.dtype)
+                    _add_gradients(sums, head, tokens, rows, grad)
+        torch.add(kl, ce, alpha=work.ce_weight, out=token_loss)
+        ctx.save_for_backward(*sums)
+        ctx.unit, ctx.dtypes = unit, [None if tensor is None else tensor.dtype for tensor in student]
+        ctx.mark_non_differentiable(token_loss, kl, ce, agreement)
+        return (token_weight[work.used] * token_loss[work.used]).sum(), token_loss, kl, ce, agreement
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
+        factor = grad_loss * ctx.unit
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return *(None if grad is None else (grad * grad_loss).to(dtype) for grad, dtype in pairs), None
+        return *(None if grad is None else (grad * factor).to(dtype) for grad, dtype in pairs), None
+
+
+def _add_gradients(sums: list[Tensor | None], head: Head, tokens: Tensor, rows: Tensor, grad: Tensor) -> None:
+    """Adds a chunk's to those by hidden states, weight and bias, from that by the head's output [n, V]."""
+    hidden, weight, bias = sums
+    if hidden is not None:
+        hidden[tokens] = head.pull_back(grad)
+    if weight is not None:
+        multiply_(weight[: grad.shape[1]], grad.t(), rows, beta=1)
+    if bias is not None:
+        bias[: grad.shape[1]] += grad.sum(0, dtype=bias.dtype)
 
 
 def _token_losses(
     logits: Tensor, tokens: Tensor, work: _Work, needs_grad: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """KL and CE of a chunk, [n] each, and the gradient of KL + ce_weight * CE by its logits, in their place [n, V].
+    """KL and CE of a chunk, [n] each, and the gradient of KL + ce_weight * CE by the head's output, `logits` [n, V].
 
     By a kept token's logit the KL's derivative is q_i - p_i; by any other's, r_j (q_rest - p_rest), where r is the
-    student's softmax among those others.
+    student's softmax among those others. Overwrites `logits`.
     """
     ids = work.token_ids[tokens]
-    teacher_kept, teacher_rest = work.teacher_log_probs(tokens)
+    teacher_kept, teacher_rest = work.teacher_log_probs(tokens, logits.dtype)
     labels = None if work.labels is None else work.labels[tokens].unsqueeze(-1)
+    logits, cap = transformed(logits, work.transform), work.transform.softcap
+    slope = 1 - (logits / cap).square_() if cap is not None and needs_grad else None
     label_logit = None if labels is None else logits.gather(-1, labels).squeeze(-1)
     kept = logits.gather(-1, ids)
     logits.scatter_(-1, ids, -torch.inf)
@@ -182,7 +203,9 @@ def _token_losses(
     grad.scatter_(-1, ids, student_share * student_kept.exp() - teacher_kept.exp())
     if work.ce_weight:
         grad.scatter_add_(-1, labels, torch.full_like(labels, -work.ce_weight, dtype=grad.dtype))
-    return kl, ce, grad
+    if slope is not None:
+        grad.mul_(slope)
+    return kl, ce, grad.mul_(work.transform.scale) if work.transform.scale != 1 else grad
 
 
 def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
@@ -197,52 +220,19 @@ def _kl_terms(log_p: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(p > 0, terms, q)
 
 
-def _operand_dtype(weight: Tensor, precise: torch.dtype) -> torch.dtype:
-    """What heads are multiplied in: half precision on CUDA if they are so, or if autocast says so."""
-    if weight.is_cuda and precise == torch.float32:
-        if weight.dtype in HALF:
-            return weight.dtype
-        if torch.is_autocast_enabled("cuda"):
-            return torch.get_autocast_dtype("cuda")
-    return precise
-
-
-def _multiply(left: Tensor, right: Tensor, precise: torch.dtype) -> Tensor:
-    return left @ right if left.dtype == precise else torch.mm(left, right, out_dtype=precise)
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in the precision of `total`."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    else:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
-
-
-def _tokens_per_chunk(chunk_size: int | str, vocab_size: int, device: torch.device) -> int:
-    if chunk_size != "auto":
-        if not isinstance(chunk_size, int) or chunk_size < 1:
-            raise ValueError(f'chunk_size={chunk_size!r} is not a number of tokens: use 1 or more, or "auto".')
-        return chunk_size
-    if device.type != "cuda":
-        return CPU_CHUNK
-    budget = CUDA_MEMORY_SHARE * torch.cuda.get_device_properties(device).total_memory
-    return max(64, min(CUDA_CHUNK, int(budget // (4 * 4 * vocab_size)) // 64 * 64))
-
-
 def _vocab_size(weight: Tensor, vocab_limit: int | None) -> int:
     if vocab_limit is not None and not 1 <= vocab_limit <= len(weight):
         raise ValueError(f"vocab_limit={vocab_limit} is not between 1 and {len(weight)}, the rows of the head.")
     return len(weight) if vocab_limit is None else vocab_limit
 
 
-def _check_ids(name: str, ids: Tensor, vocab_size: int) -> None:
-    if ids.numel():
-        low, high = (int(bound) for bound in ids.aminmax())
+def _check_ids(token_ids: Tensor, vocab_size: int) -> None:
+    if token_ids.numel():
+        low, high = (int(bound) for bound in token_ids.aminmax())
         if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"{name} range from {low} to {high}, outside the vocabulary of {vocab_size}. Raise vocab_limit, or use "
-                "the teacher's tokenizer."
+                f"token_ids range from {low} to {high}, outside the vocabulary of {vocab_size}. Raise vocab_limit, or "
+                "use the teacher's tokenizer."
             )
 
 

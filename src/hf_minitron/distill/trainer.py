@@ -207,7 +207,8 @@ class DistillationTrainer(Trainer):
 
         def forward(**student_inputs: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                kd = self._compare(last_hidden(student, student_inputs), student, targets, following)
+                hidden = last_hidden(student, student_inputs)
+                kd = self._compare(hidden, student, targets, following)
             results.append(kd)
             return kd.loss
 
@@ -220,14 +221,16 @@ class DistillationTrainer(Trainer):
     def _compare(
         self, hidden: Tensor, student: PreTrainedModel, targets: HeadTargets | TopKTargets, following: Tensor
     ) -> KDOutput:
-        """The loss of the student's hidden states [tokens, hidden] and its head against the teacher's targets."""
-        head = student.get_output_embeddings()
+        """The loss of the student's hidden states [tokens, hidden] and head against the teacher's targets."""
+        head, args = student.get_output_embeddings(), self.args
         options = {
             "token_weight": (following != IGNORE_INDEX).float(),
             "labels": following,
-            "temperature": self.args.temperature,
-            "ce_weight": self.args.ce_weight,
-            "chunk_size": self.args.kd_chunk_size or "auto",
+            "temperature": args.temperature,
+            "ce_weight": args.ce_weight,
+            "student_bias": getattr(head, "bias", None),
+            "student_transform": get_logit_transform(student.config),
+            "chunk_size": args.kd_chunk_size or "auto",
         }
         if isinstance(targets, TopKTargets):
             *kept, vocab_size = targets
@@ -237,13 +240,11 @@ class DistillationTrainer(Trainer):
             head.weight,
             targets.hidden,
             targets.weight,
-            divergence=self.args.divergence,
-            js_beta=self.args.js_beta,
-            student_bias=getattr(head, "bias", None),
             teacher_bias=targets.bias,
-            student_transform=get_logit_transform(student.config),
             teacher_transform=targets.transform,
-            vocab_limit=self.args.vocab_limit,
+            divergence=args.divergence,
+            js_beta=args.js_beta,
+            vocab_limit=args.vocab_limit,
             **options,
         )
 
@@ -254,7 +255,8 @@ class DistillationTrainer(Trainer):
     def _row_sums(self, kd: KDOutput, rows: int) -> Tensor:
         """Sums over each row's targets, [rows, len(SUM_NAMES)], left on the device."""
         counted = kd.token_mask
-        teacher_ce = torch.zeros_like(kd.token_kl) if kd.teacher_token_ce is None else kd.teacher_token_ce
+        unknown = torch.zeros_like(kd.token_kl)
+        teacher_ce = unknown if kd.teacher_token_ce is None else kd.teacher_token_ce
         columns = (kd.token_loss, kd.token_kl, kd.token_ce, teacher_ce, kd.top1_agreement, counted)
         return torch.stack([c.detach().to(self._train_sums.dtype).view(rows, -1).sum(1) for c in columns], dim=1)
 
