@@ -227,6 +227,9 @@ def test_whole_model_falls_back_to_slicing(build_model, guard, caplog):
         found = pruner.prune(PruneConfig(**sizes, method="refit", **settings), rows.tolist(), progress=False)
     sliced = pruner.planned.info.get("fell_back", False)
     assert sliced is guard
+    if guard:
+        losses = pruner.planned.info["held_out_loss"]
+        assert losses["sliced"] < losses["refit"]
     assert ("plain slicing" in caplog.text) is guard
     expected = PrunerForCausalLM(model)
     expected.scores = pruner.scores

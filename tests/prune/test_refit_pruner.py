@@ -19,13 +19,16 @@ from hf_minitron.prune.stage import CalibrationArguments, PruneOutput, prune_che
 from hf_minitron.prune.target import PruneConfig
 
 SIZES = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
+LEARNING = {"learning_rate": 1e-3, "warmup_steps": 0, "lr_scheduler_type": "constant"}
 
 
 @pytest.fixture
 def refit_folder(tiny_checkpoint, tiny_text, tmp_path):
     calibration = CalibrationArguments(calibration_dataset=str(tiny_text), num_samples=48, sequence_length=32)
     output = PruneOutput(str(tmp_path / "small"))
-    prune_checkpoint(ModelArguments(str(tiny_checkpoint)), calibration, PruneConfig(**SIZES, method="refit"), output)
+    # The model is random, so its loss on held-out rows does not tell what is better.
+    prune = PruneConfig(**SIZES, method="refit", refit_without=["guard"])
+    prune_checkpoint(ModelArguments(str(tiny_checkpoint)), calibration, prune, output)
     return tmp_path / "small"
 
 
@@ -45,7 +48,6 @@ def test_lineage_says_how_it_was_solved(refit_folder):
     assert settings["mode"] == "teacher_forced"
     assert settings["ridge"] == 0.01
     assert len(settings["moments_sha256"]) == 64
-    assert settings["held_out_loss"].keys() == {"refit", "sliced"}
     assert 0 < settings["layers"]["0"]["self_attn.q_proj"]["after"] < 1
     assert stage["data"]["seed"] == 0
     plan = json.loads((refit_folder / "prune_plan.json").read_text())
@@ -59,7 +61,9 @@ def test_result_is_pruned_again_and_distilled(refit_folder, tiny_checkpoint, tin
     pruner.save_pretrained(tmp_path / "smaller")
     assert len(read_lineage(tmp_path / "smaller")) == 2
     rows = [{"input_ids": list(range(5 + i, 21 + i))} for i in range(4)]
-    config = DistillationConfig(output_dir=str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True)
+    config = DistillationConfig(
+        output_dir=str(tmp_path / "out"), max_steps=1, report_to="none", use_cpu=True, **LEARNING
+    )
     teacher = AutoModelForCausalLM.from_pretrained(tiny_checkpoint, dtype=torch.float32)
     before = copy.deepcopy(smaller.state_dict())
     trainer = DistillationTrainer(smaller, teacher, config, train_dataset=rows)
@@ -86,10 +90,8 @@ def test_text_is_needed_on_the_command_line(tiny_checkpoint, tmp_path):
 def test_a_refit_plan_cannot_be_sliced_by(refit_folder, tiny_checkpoint):
     pruner = PrunerForCausalLM.from_pretrained(tiny_checkpoint)
     plan = PrunePlan.load(refit_folder / "prune_plan.json")
-    if plan.is_refit:
-        with pytest.raises(ValueError, match="solved on calibration rows"):
-            pruner.prune(plan)
-    assert plan.is_refit
+    with pytest.raises(ValueError, match="solved on calibration rows"):
+        pruner.prune(plan)
 
 
 @pytest.mark.parametrize(
