@@ -37,6 +37,19 @@ def test_loss_is_the_models(source, rows, logits):
 
 
 @torch.no_grad()
+def test_batches_of_other_shapes_do_not_mix(build_model, rows):
+    model = build_model("gemma2")
+    layerwise = lay_out(model)
+    for batch in (rows[:1, :1], rows[:1], rows[:, :9]):
+        states = layerwise.embed(batch)
+        for index in range(layerwise.num_layers):
+            with layerwise.layer(index) as layer:
+                states = layer.run(states)
+        expected = model.base_model(input_ids=batch, use_cache=False).last_hidden_state
+        torch.testing.assert_close(layerwise.normalize(states), expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
 def test_only_the_layer_in_use_holds_weights(build_model, rows):
     layerwise = lay_out(build_model("llama"))
     layerwise.embed(rows)

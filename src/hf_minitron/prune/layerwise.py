@@ -82,13 +82,13 @@ class LayerwiseModel:
         scored[:, -1] = False
         return -LayerReplay(self.model, input_ids.to(self.device)).log_probs(states, scored)[0]
 
-    def call(self, index: int, num_rows: int) -> dict:
-        """The keyword arguments that the model gives its layer ``index`` for a batch of so many rows."""
-        return self._replays[num_rows].call(index)
+    def call(self, index: int, rows_and_tokens: tuple[int, ...]) -> dict:
+        """The keyword arguments that the model gives its layer ``index``, for a batch of a shape once embedded."""
+        return self._replays[rows_and_tokens].call(index)
 
     def _replay(self, input_ids: Tensor) -> LayerReplay:
         replay = LayerReplay(self.model, input_ids.to(self.device))
-        self._replays.setdefault(len(input_ids), replay)
+        self._replays.setdefault(tuple(input_ids.shape), replay)
         return replay
 
     def _put(self, name: str, tensor: Tensor) -> None:
@@ -122,7 +122,7 @@ class LoadedLayer:
         handle = self.module.get_submodule(site).register_forward_pre_hook(lambda _, args: seen.append(args[0]))
         try:
             block = self.module.get_submodule(site.rpartition(".")[0])
-            kwargs = self._owner.call(self.index, len(x)) if half == 0 else {}
+            kwargs = self._owner.call(self.index, tuple(x.shape[:2])) if half == 0 else {}
             found = block(hidden_states=x, **kwargs) if half == 0 else block(x)
         finally:
             handle.remove()

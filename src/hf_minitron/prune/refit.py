@@ -183,11 +183,11 @@ class _Refitter:
         return means.rows().to(self.device) / self._embedding_factor()
 
     def _embedding_factor(self) -> float:
-        """What the model multiplies embeddings by, measured on one token."""
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.device)
-        row = self.big.model.get_parameter(self.family.embedding)[0]
-        index = int(row.abs().argmax())
-        return float(self.big.embed(token)[0, 0, index] / row[index])
+        """What the model multiplies embeddings by, measured on the token with the largest entry."""
+        embedding = self.big.model.get_parameter(self.family.embedding)
+        token, channel = divmod(int(embedding.abs().argmax()), embedding.shape[1])
+        states = self.big.embed(torch.tensor([[token]]))
+        return float(states[0, 0, channel] / embedding[token, channel])
 
     def _run_dropped(self, index: int, states: StreamStore) -> None:
         with self.big.layer(index) as layer:
