@@ -104,7 +104,7 @@ def test_planted_zero_channels_go_where_channels_are_selected(build_model, rows,
                 writer.weight[gone] = 0
     found, plan = prune(model, rows, sizes={"hidden_size": 12})
     assert plan.kept_hidden == kept
-    assert error(logits(found), logits(model)) < 1e-3
+    assert error(logits(found), logits(model)) < 3e-3  # norms' epsilon weighs more over fewer channels
 
 
 @pytest.mark.parametrize("biased", [False, True])
