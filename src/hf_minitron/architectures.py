@@ -55,6 +55,12 @@ class Family:
     neurons is the output of ``first_projection_site``: of the gate, where there is one, since it has the activation.
     ``fixed`` names config keys that cannot change in this family, and why. ``logit_divisor`` and ``logit_softcap`` are
     the config keys of what the model divides its logits by and caps them at, if it does.
+
+    What refit has to know of the two halves of a layer, attention and feed-forward: ``read_norms`` normalize what they
+    read from the residual stream and ``write_norms`` what they write into it, None where there is no such norm;
+    ``centers`` says whether norms subtract the mean (LayerNorm), ``gain_offset`` what is added to their weight before
+    it multiplies, ``residual_multiplier`` names the config key of a factor on all that is written, and
+    ``scales_embedding_by_width`` says that embeddings are multiplied by the square root of ``hidden_size``.
     """
 
     model_type: str
@@ -70,11 +76,32 @@ class Family:
     fixed: Mapping[str, str] = field(default_factory=dict)
     logit_divisor: str | None = None
     logit_softcap: str | None = None
+    final_norm: str = "model.norm"
+    read_norms: tuple[str | None, str | None] = ("input_layernorm", "post_attention_layernorm")
+    write_norms: tuple[str | None, str | None] = (None, None)
+    centers: bool = False
+    gain_offset: float = 0.0
+    residual_multiplier: str | None = None
+    scales_embedding_by_width: bool = False
+
+    @property
+    def can_rotate(self) -> bool:
+        """Whether the stream may be rotated: pure RMSNorm before every reader, and no norm on what is written."""
+        return None not in self.read_norms and self.write_norms == (None, None) and not self.centers
 
     @property
     def num_stacked_projections(self) -> int:
         """How many projections of the neurons ``first_projection_site`` holds; the first one comes first."""
         return len(self.layer_tensors[f"{self.first_projection_site}.weight"].split()[0].split("+"))
+
+    def readers(self, half: int) -> list[str]:
+        """The projections that read the residual stream in attention (0) or feed-forward (1), by name in a layer."""
+        part = (self.head_site, self.neuron_site)[half].split(".")[0]
+        return [
+            name.removesuffix(".weight")
+            for name, axes in self.layer_tensors.items()
+            if name.startswith(f"{part}.") and axes.split()[1:] == ["hidden"]
+        ]
 
     def axes(self, name: str) -> tuple[str, ...]:
         """The axes of a tensor by its name in the state dict, such as ``("q", "hidden")``."""
@@ -125,6 +152,12 @@ _FOUR_NORMS = (
     "pre_feedforward_layernorm",
     "post_feedforward_layernorm",
 )
+_GEMMA = {
+    "read_norms": ("input_layernorm", "pre_feedforward_layernorm"),
+    "write_norms": _WRITE_NORMS,
+    "gain_offset": 1.0,
+    "scales_embedding_by_width": True,
+}
 _OUTER = {
     "model.embed_tokens.weight": "vocab hidden",
     "model.norm.weight": "hidden",
@@ -145,7 +178,13 @@ FAMILIES = {
         Family("mistral", _DECODER, _OUTER),
         Family("qwen2", _DECODER | _QKV_BIASES, _OUTER),
         Family("qwen3", _DECODER | _EACH_HEAD_NORMED | _ATTENTION_BIASES, _OUTER),
-        Family("granite", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER, logit_divisor="logits_scaling"),
+        Family(
+            "granite",
+            _DECODER | _ATTENTION_BIASES | _GATED_BIASES,
+            _OUTER,
+            residual_multiplier="residual_multiplier",
+            logit_divisor="logits_scaling",
+        ),
         Family("smollm3", _DECODER | _ATTENTION_BIASES | _GATED_BIASES, _OUTER),
         Family(
             "phi3",
@@ -159,6 +198,7 @@ FAMILIES = {
             _OUTER,
             norm_sites=_FOUR_NORMS,
             logit_softcap="final_logit_softcapping",
+            **_GEMMA,
         ),
         Family(
             "gemma3_text",
@@ -166,12 +206,15 @@ FAMILIES = {
             _OUTER,
             norm_sites=_FOUR_NORMS,
             logit_softcap="final_logit_softcapping",
+            **_GEMMA,
         ),
         Family(
             "olmo2",  # normalizes what attention and feed-forward write, not what they read
             _ATTENTION | _ATTENTION_BIASES | _ALL_HEADS_NORMED | _GATED | _norms(_WRITE_NORMS),
             _OUTER,
             norm_sites=_WRITE_NORMS,
+            read_norms=(None, None),
+            write_norms=_WRITE_NORMS,
             fixed={"num_attention_heads": _NORM_SPANS_HEADS, "num_key_value_heads": _NORM_SPANS_HEADS},
         ),
         Family(
@@ -179,6 +222,8 @@ FAMILIES = {
             _ATTENTION | _ATTENTION_BIASES | _UNGATED | _UNGATED_BIASES | _norms(_READ_NORMS, "weight", "bias"),
             _OUTER | {"model.norm.bias": "hidden"},
             first_projection_site="mlp.up_proj",
+            centers=True,
+            gain_offset=1.0,
         ),
     )
 }

@@ -14,6 +14,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
+    "refit": "--steps 2 --eval-every 1 --rows-per-step 1 --calibration-rows 9 --eval-rows 1 --removed 66",
     "scoring": "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4 "
     "--num-key-value-heads 2 --vocab-size 61 --rows 5 --tokens 16 --batch-size 2 --repeats 2",
     "kd_head": "--tokens 1024 --vocab 4096 --hidden-student 32 --hidden-teacher 48 --repeats 2 "
@@ -40,6 +41,15 @@ def numbers(facts: Any) -> Iterator[float]:
 
 def test_every_benchmark_is_run_here():
     assert {path.stem for path in BENCHMARKS.glob("[!_]*.py")} == set(TINY)
+
+
+def test_refit():
+    facts = json.loads(run("refit", "--json"))
+    assert [record["method"] for record in facts["found"]] == ["minitron", "refit"]
+    for record in facts["found"]:
+        assert record["removed"] == pytest.approx(0.66, abs=0.02)
+        curves = record["curves"].values()
+        assert all(len(curve) == 3 and curve[0] == [0, pytest.approx(record["pruned"], rel=1e-4)] for curve in curves)
 
 
 def test_scoring():

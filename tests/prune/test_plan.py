@@ -216,7 +216,7 @@ def test_random_keeps_everything_equally_often():
 
 @pytest.mark.parametrize("method", ["l2", "", None, "Random"])
 def test_unknown_method(method):
-    with pytest.raises(ValueError, match=r"is unknown. Use one of minitron, random"):
+    with pytest.raises(ValueError, match=r"is unknown. Use one of minitron, refit, random"):
         PruneConfig(method=method)
 
 

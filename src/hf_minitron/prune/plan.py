@@ -29,7 +29,8 @@ class PrunePlan:
 
     ``sizes`` are the target's config values. ``head_residuals`` lists per kept layer pairs of a kept query head and the
     removed one whose difference it takes on (P1 2.3); it is empty without that option. The plan is all that trimming
-    needs, beside the weights.
+    needs, beside the weights; of a model that was refit it only tells what was kept, and ``kept_hidden`` is empty where
+    its stream was rotated.
     """
 
     sizes: dict[str, int]
@@ -44,6 +45,16 @@ class PrunePlan:
 
     def __post_init__(self) -> None:
         _check_kept(self)
+
+    @property
+    def is_rotated(self) -> bool:
+        """Whether directions of the residual stream were kept rather than channels."""
+        return self.info.get("basis") == "rotated" and not self.kept_hidden
+
+    @property
+    def is_refit(self) -> bool:
+        """Whether weights were solved, so that the kept indices alone do not give them."""
+        return self.info.get("method") == "refit" and not self.info.get("fell_back", False)
 
     def to_json(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -75,6 +86,8 @@ def _check_kept(plan: PrunePlan) -> None:
         ("kept_key_value_heads", plan.kept_key_value_heads, "num_key_value_heads"),
     ):
         size, source = plan.sizes[key], plan.source_sizes[key]
+        if key == "hidden_size" and plan.is_rotated:
+            continue
         for kept in layers:
             if kept != sorted(set(kept)) or len(kept) != size or not all(0 <= index < source for index in kept):
                 raise ValueError(f"{name} must hold {size} different indices below {source}, ascending. Plan again.")
@@ -97,6 +110,8 @@ def make_plan(config: PreTrainedConfig, prune: PruneConfig, scores: ImportanceSc
     is then ranked by the same scores, layer by layer. Width and depth together draw a warning: P2 keeps them apart,
     and in P1 (Table 1) width alone gave the lower loss at equal parameters.
     """
+    if prune.method == "refit":
+        raise ValueError("method='refit' solves weights on calibration rows, beyond a plan: call prune(config, rows).")
     sizes, source = target_sizes(config, prune), source_sizes(config)
     if combination := describe_combination(sizes, source):
         logger.warning(combination)
@@ -119,6 +134,29 @@ def make_plan(config: PreTrainedConfig, prune: PruneConfig, scores: ImportanceSc
         head_residuals=[kept.residuals for kept in attention] if prune.head_residual else [],
         info=_describe(prune, source, sizes, scores),
     )
+
+
+def keep_all(config: PreTrainedConfig) -> PrunePlan:
+    """The plan that keeps everything."""
+    sizes = source_sizes(config)
+    layers = range(config.num_hidden_layers)
+    return PrunePlan(
+        sizes=sizes,
+        source_sizes=sizes,
+        kept_layers=list(layers),
+        kept_hidden=list(range(sizes["hidden_size"])),
+        kept_neurons=[list(range(sizes["intermediate_size"])) for _ in layers],
+        kept_heads=[list(range(sizes["num_attention_heads"])) for _ in layers],
+        kept_key_value_heads=[list(range(sizes["num_key_value_heads"])) for _ in layers],
+    )
+
+
+def plan_depth(config: PreTrainedConfig, prune: PruneConfig, scores: ImportanceScores | None = None) -> list[int]:
+    """Source layers that stay, ascending: those of ``drop_layers`` go, or the least important ones by the scores."""
+    if combination := describe_combination(target_sizes(config, prune), source_sizes(config)):
+        logger.warning(combination)
+    generator = torch.Generator().manual_seed(prune.seed)
+    return _keep_layers(prune, source_sizes(config), target_sizes(config, prune), scores, generator)
 
 
 def describe_combination(sizes: dict[str, int], source: dict[str, int]) -> str | None:

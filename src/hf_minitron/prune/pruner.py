@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ from hf_minitron.prune.importance import (
     score_model,
 )
 from hf_minitron.prune.multiple_choice import load_questions
-from hf_minitron.prune.plan import PrunePlan, make_plan
+from hf_minitron.prune.plan import SIZE_OF, PrunePlan, make_plan, plan_depth
+from hf_minitron.prune.refit import Refitted, refit
 from hf_minitron.prune.scan import scan_questions, scan_rows
 from hf_minitron.prune.scores import AXES, ImportanceScores
 from hf_minitron.prune.target import PruneConfig, count_parameters, source_sizes, target_config, target_sizes
@@ -78,6 +80,8 @@ class PrunerForCausalLM:
         self.config, self.dtype, self._tensors = config, dtype, tensors
         self.scores: ImportanceScores | None = None
         self._plan: PrunePlan | None = None
+        self._refitted: Refitted | None = None
+        self._calibration: tuple[torch.Tensor, dict[str, Any]] | None = None  # the rows of the last score()
         self._tokenizer = self._model = self._checkpoint = None
         self._stage = Stage("prune")
 
@@ -164,6 +168,7 @@ class PrunerForCausalLM:
             batch_size=batch_size,
             progress=progress,
         )
+        self._calibration = torch.tensor(rows, dtype=torch.int32), described
         scores.info |= {"model": self.source, **described, "dtype": str(self.model.dtype).removeprefix("torch.")}
         self.scores = scores
         return scores
@@ -226,9 +231,19 @@ class PrunerForCausalLM:
             _check_same_model(self.scores.info.get("model", {}), self.source)
         return make_plan(self.config, config, self.scores)
 
-    def prune(self, config: PruneConfig | PrunePlan) -> PreTrainedModel:
-        """The pruned model: an ordinary one of the source's class, in the source's dtype, on the CPU."""
-        trimmer = self._trim_by(config)
+    def prune(
+        self, config: PruneConfig | PrunePlan, calibration: Any = None, *, batch_size: int = 8, **how_to_read: Any
+    ) -> PreTrainedModel:
+        """The pruned model: an ordinary one of the source's class, in the source's dtype, on the CPU.
+
+        ``method="refit"`` solves weights on ``calibration``, given as in ``score``; without it, on the rows of the last
+        ``score``. Other methods do not look at it.
+        """
+        if isinstance(config, PruneConfig) and config.method == "refit":
+            self.refit(config, calibration, batch_size=batch_size, **how_to_read)
+            trimmer = self._refitted
+        else:
+            trimmer = self._trim_by(config)
         # Clones: training the result must not change a source that is in memory.
         state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in trimmer}
         model_class = AutoModelForCausalLM._model_mapping[type(trimmer.config)]
@@ -238,6 +253,56 @@ class PrunerForCausalLM:
         if generation_config is not None:
             model.generation_config = generation_config
         return model
+
+    def refit(
+        self,
+        config: PruneConfig,
+        calibration: Any = None,
+        *,
+        batch_size: int = 8,
+        progress: bool = True,
+        **how_to_read: Any,
+    ) -> PrunePlan:
+        """Solves the weights of the pruned model on calibration rows, for ``save_pretrained``; says what was kept.
+
+        Layers are chosen by the scores, as in ``plan``, or by ``drop_layers``. The source is read one layer at a time.
+        """
+        target_config(self.config, target_sizes(self.config, config))
+        check_batch_size(batch_size)
+        rows, described = self._rows_to_refit(calibration, how_to_read)
+        kept_layers = plan_depth(self.config, config, self.scores)
+        self._refitted = refit(
+            self._tensors,
+            self.config,
+            config,
+            rows,
+            kept_layers,
+            sliced_plan=self._plan_of_slicing(config),
+            batch_size=batch_size,
+            dtype=self.dtype,
+            progress=progress,
+        )
+        self._plan = self._refitted.plan
+        self._plan.info.update(described)
+        return self._plan
+
+    def _rows_to_refit(self, calibration: Any, how_to_read: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if calibration is not None:
+            return self._read_rows(calibration, how_to_read)
+        if self._calibration is None:
+            raise ValueError(
+                "method='refit' solves weights on calibration rows: give prune(config, calibration), or call score() "
+                "first."
+            )
+        return self._calibration[0].tolist(), self._calibration[1]
+
+    def _plan_of_slicing(self, config: PruneConfig) -> PrunePlan | None:
+        """What minitron would keep, as the fall-back, where the scores at hand tell."""
+        sizes, source = target_sizes(self.config, config), source_sizes(self.config)
+        needed = {axis for axis, key in SIZE_OF.items() if sizes[key] < source[key]}
+        if self.scores is None or not needed <= set(self.scores.axes):
+            return None
+        return self.plan(dataclasses.replace(config, method="minitron"))
 
     def prune_in_memory(self, plan: PrunePlan) -> PrunerForCausalLM:
         """A pruner of the pruned model, which lies where this one's model was scored; for pruning in steps."""
@@ -257,7 +322,7 @@ class PrunerForCausalLM:
                 "nothing is planned yet: call prune(PruneConfig(...)) or set_plan(...) before save_pretrained()."
             )
         path = check_output_dir(folder, overwrite)
-        trimmer = self._trim_by(self._plan)
+        trimmer = self._refitted or self._trim_by(self._plan)
         with atomic_folder(path, overwrite, num_bytes=sum(trimmer.sizes.values())) as temporary:
             write_tensors(temporary, trimmer.sizes, trimmer.trim)
             trimmer.config.save_pretrained(temporary)
@@ -267,19 +332,24 @@ class PrunerForCausalLM:
             append_stage(self._describe_stage(trimmer), temporary, source_dir)
         return path
 
+    @property
+    def planned(self) -> PrunePlan | None:
+        """What ``save_pretrained`` would write: the plan of the last ``prune``, ``refit`` or ``set_plan``."""
+        return self._plan
+
     def set_plan(self, plan: PrunePlan) -> None:
         """Takes a plan, made here or loaded, as the one to save; it must have been made for a model of this shape."""
         if plan.source_sizes != source_sizes(self.config):
             raise ValueError(
                 f"the plan was made for {plan.source_sizes}, this model has {source_sizes(self.config)}. Plan again."
             )
-        self._plan = plan
+        self._plan, self._refitted = plan, None
 
     def _trim_by(self, config: PruneConfig | PrunePlan) -> Trimmer:
         self.set_plan(config if isinstance(config, PrunePlan) else self.plan(config))
         return Trimmer(self._tensors, self.config, self._plan, self.dtype)
 
-    def _describe_stage(self, trimmer: Trimmer) -> Stage:
+    def _describe_stage(self, trimmer: Trimmer | Refitted) -> Stage:
         stage, info = self._stage, dict(self._plan.info)
         stage.inputs = {"source": self.source}
         stage.data = info.pop("calibration", None)

@@ -42,6 +42,10 @@ class LayerReplay:
         self.num_evaluations += 1
         return self._forwards[layer](states, *args, **kwargs)
 
+    def call(self, layer: int) -> dict[str, Any]:
+        """The keyword arguments that the model gives one layer."""
+        return self._calls[layer][1]
+
     def log_probs(self, states: Tensor, scored: Tensor) -> tuple[Tensor, Tensor]:
         """Per row, the summed log-probability of the tokens after the ``scored`` positions, and whether all are greedy.
 

@@ -72,6 +72,8 @@ def prune_checkpoint(
         )
     if output.scores is None:
         _check_needs(needs, calibration)
+    if prune.method == "refit" and calibration.calibration_dataset is None:
+        raise ValueError("method='refit' solves weights on calibration text: give --calibration-dataset.")
     scores = None if output.scores is None else ImportanceScores.load(output.scores)
     pruner = _open(model, output.dtype, output.device_map)
     pruner.scores = scores
@@ -80,12 +82,16 @@ def prune_checkpoint(
         _measure(pruner, prune, calibration, task)
 
     if prune.iterations > 1:
-        plan = plan_iteratively(pruner, prune, measure)
+        pruner.set_plan(plan_iteratively(pruner, prune, measure))
     else:
         if output.scores is None:
             measure(pruner, prune)
-        plan = pruner.plan(prune)
-    pruner.set_plan(plan)
+        if prune.method == "refit":
+            how = _how_to_read(calibration)
+            pruner.refit(prune, calibration.calibration_dataset, batch_size=calibration.batch_size, **how)
+        else:
+            pruner.set_plan(pruner.plan(prune))
+    plan = pruner.planned
     pruner.save_pretrained(output.output_dir, overwrite=output.overwrite)
     return replace(report, kept_layers=plan.kept_layers)
 
@@ -105,7 +111,7 @@ class _Needs:
 def _find_needs(prune: PruneConfig, source: dict[str, int], sizes: dict[str, int]) -> _Needs:
     if prune.method == "random":
         return _Needs([], None)
-    axes = [axis for axis, key in SIZE_OF.items() if sizes[key] < source[key]]
+    axes = [axis for axis, key in SIZE_OF.items() if sizes[key] < source[key] and prune.method == "minitron"]
     num_dropped = source["num_hidden_layers"] - sizes["num_hidden_layers"]
     if not num_dropped or prune.drop_layers is not None:
         return _Needs(axes, None)

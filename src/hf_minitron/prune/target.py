@@ -15,7 +15,20 @@ from hf_minitron.prune.depth import METRICS, PATTERNS, check_dropped_layers
 
 WIDTHS = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 SIZES = (*WIDTHS, "num_hidden_layers")
-METHODS = ("minitron", "random")
+METHODS = ("minitron", "refit", "random")
+REFIT_MODES = ("teacher_forced", "sequential")
+REFIT_PARTS = (  # what ``refit_without`` may leave out
+    "rotation",
+    "readers_in_basis",
+    "elimination",
+    "readers",
+    "writers",
+    "compensation",
+    "embedding",
+    "guard",
+)
+
+_KNOWN = {"method": METHODS, "refit_mode": REFIT_MODES, "depth_metric": METRICS, "depth_pattern": PATTERNS}
 
 
 @dataclass(frozen=True)
@@ -55,20 +68,48 @@ class PruneConfig:
     )
     method: str = field(
         default="minitron",
-        metadata={"help": "minitron keeps what scores highest; random keeps what chance says, the baseline."},
+        metadata={
+            "help": "minitron keeps what scores highest (the papers); refit solves what is left in closed form on the "
+            "calibration text; random keeps what chance says, the baseline."
+        },
     )
     seed: int = field(default=0, metadata={"help": "Seed of --method random."})
+    refit_mode: str = field(
+        default="teacher_forced",
+        metadata={
+            "help": "What refit feeds the small model's layers while it solves them: the source's stream "
+            "(teacher_forced, for models that are trained afterwards), or what the layers before give (sequential)."
+        },
+    )
+    refit_ridge: float = field(
+        default=1e-2, metadata={"help": "Pull of refit toward the sliced weights, as a share of the mean square input."}
+    )
+    refit_without: list[str] = field(
+        default_factory=list, metadata={"help": f"Parts of refit to leave out: {' '.join(REFIT_PARTS)}."}
+    )
+    stats_memory: float = field(
+        default=8.0, metadata={"help": "GB of memory for refit's residual streams; what is beyond goes to disk."}
+    )
 
     def __post_init__(self) -> None:
-        for name, known in (("method", METHODS), ("depth_metric", METRICS), ("depth_pattern", PATTERNS)):
+        for name, known in _KNOWN.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Use one of {', '.join(known)}.")
+        if unknown := [part for part in self.refit_without if part not in REFIT_PARTS]:
+            raise ValueError(f"refit_without={unknown[0]!r} is unknown. Use some of {', '.join(REFIT_PARTS)}.")
+        if not 0 < self.refit_ridge < float("inf") or not self.stats_memory >= 0:
+            raise ValueError(
+                f"refit_ridge={self.refit_ridge}, stats_memory={self.stats_memory}: the first must be positive, since "
+                "moments may lack rank, the second must not be negative. Use 0.01 and 8."
+            )
+        if self.method == "refit" and self.head_residual:
+            raise ValueError("head_residual goes with minitron: refit solves what kept heads take over. Leave it out.")
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations}: pruning takes at least one step. Use 1, as the papers do.")
-        if self.iterations > 1 and (self.drop_layers is not None or self.head_residual or self.method == "random"):
+        if self.iterations > 1 and (self.drop_layers is not None or self.head_residual or self.method != "minitron"):
             raise ValueError(
                 f"iterations={self.iterations} scores again before each step, which drop_layers, head_residual and "
-                "method='random' do not go with. Use iterations=1."
+                "other methods than minitron do not go with. Use iterations=1."
             )
 
 

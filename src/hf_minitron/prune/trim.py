@@ -32,6 +32,11 @@ class Trimmer:
         plan: PrunePlan,
         dtype: torch.dtype | None = None,
     ):
+        if plan.is_refit:
+            raise ValueError(
+                "the plan is that of a refit model: its weights were solved on calibration rows, and slicing by the "
+                "kept indices does not give them. Prune with method='refit' again."
+            )
         config = target_config(source_config, plan.sizes, plan.kept_layers)
         empty = build_empty(config)
         self.source, self.config, self.plan, self.dtype = source, config, plan, dtype

@@ -1,0 +1,319 @@
+"""Refit: a smaller model whose weights are solved in closed form so that it reproduces the source's residual stream.
+
+The source and the small model are walked layer by layer over calibration rows, with one layer of each in memory. The
+method, its formulas and its costs are in docs/refit.md.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+from transformers import PreTrainedConfig
+
+from hf_minitron.architectures import Family, get_family, get_head_dim
+from hf_minitron.checkpoint import TensorSource
+from hf_minitron.prune.layerwise import LayerwiseModel, LoadedLayer
+from hf_minitron.prune.plan import PrunePlan, keep_all
+from hf_minitron.prune.refit_basis import Basis, identity_basis
+from hf_minitron.prune.refit_ends import TokenMeans, embed_in, fit_final_gain, trimmed_norms
+from hf_minitron.prune.refit_half import HalfRefit, KeptOfLayers, Walk
+from hf_minitron.prune.refit_judge import held_out_loss, plan_by_energy
+from hf_minitron.prune.refit_moments import Evidence
+from hf_minitron.prune.refit_observe import StreamObserver
+from hf_minitron.prune.refit_solve import Linear, fit_linear
+from hf_minitron.prune.refit_streams import StreamStore, split_rows
+from hf_minitron.prune.target import PruneConfig, build_empty, source_sizes, target_config, target_sizes
+from hf_minitron.prune.trim import Trimmer
+
+TOKENS_PER_WIDTH = 20  # below that many calibration tokens per max(hidden, ffn) a refit is not to be trusted
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A refit model, tensor by tensor: what ``Trimmer`` is for sliced ones. ``plan`` says what was kept, and how."""
+
+    config: PreTrainedConfig
+    plan: PrunePlan
+    tensors: dict[str, Tensor]
+
+    @property
+    def family(self) -> Family:
+        return get_family(self.config)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor."""
+        return {name: tensor.nbytes for name, tensor in self.tensors.items()}
+
+    def trim(self, name: str) -> Tensor:
+        """The tensor ``name``."""
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.tensors.items()
+
+
+@torch.no_grad()
+def refit(
+    source: TensorSource,
+    config: PreTrainedConfig,
+    prune: PruneConfig,
+    rows: Sequence[Sequence[int]],
+    kept_layers: Sequence[int],
+    *,
+    sliced_plan: PrunePlan | None = None,
+    basis: Basis | None = None,
+    batch_size: int = 8,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device | None = None,
+    progress: bool = True,
+) -> Refitted:
+    """The model of ``config`` pruned to the sizes of ``prune`` and to ``kept_layers``, its weights refit on ``rows``.
+
+    Every eighth row is held out: where a solution is worse there than slicing, slicing stays, and if the whole small
+    model is worse than the plainly sliced one (by ``sliced_plan``, or by the activations' energies), that is returned.
+    ``basis`` overrides the choice of directions. ``dtype`` is that of the result (None: as stored); all else is fp32,
+    with float64 for moments and solves.
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    walker = _Refitter(source, config, prune, rows, list(kept_layers), batch_size, dtype, torch.device(device))
+    with tqdm(total=2 * config.num_hidden_layers, desc="refitting", unit="layer", disable=not progress) as bar:
+        return walker.run(bar, basis, sliced_plan)
+
+
+class _Refitter:
+    def __init__(
+        self,
+        source: TensorSource,
+        config: PreTrainedConfig,
+        prune: PruneConfig,
+        rows: Sequence[Sequence[int]],
+        kept_layers: list[int],
+        batch_size: int,
+        dtype: torch.dtype | None,
+        device: torch.device,
+    ):
+        self.config, self.prune, self.kept_layers, self.device = config, prune, kept_layers, device
+        self.family, self.tied = get_family(config), bool(config.tie_word_embeddings)
+        self._source = source
+        self.sizes, self.source_sizes = target_sizes(config, prune), source_sizes(config)
+        whole = Trimmer(source, config, keep_all(config))
+        self.dtype = dtype or whole.config.dtype
+        self.big = LayerwiseModel(config, whole.trim, device)
+        self.small_config = target_config(config, self.sizes, kept_layers)
+        self.small_config.architectures, self.small_config.dtype = whole.config.architectures, self.dtype
+        self.batches = split_rows(rows, batch_size)
+        self.num_tokens = sum(batch.input_ids.numel() for batch in self.batches if not batch.held_out)
+        self.tensors: dict[str, Tensor] = {}
+        self.info: dict[str, Any] = {"method": "refit", "mode": prune.refit_mode, "ridge": prune.refit_ridge}
+        self._check_tokens()
+
+    def run(self, bar: tqdm, basis: Basis | None, sliced_plan: PrunePlan | None) -> Refitted:
+        hidden = self.sizes["hidden_size"]
+        observer = StreamObserver(self.big, self.batches, self.prune, hidden)
+        if basis is None and hidden == self.source_sizes["hidden_size"]:
+            basis = identity_basis(hidden, self.device)
+        basis = basis or observer.choose(bar)
+        self.info |= observer.info | ({"basis": "rotated"} if basis.rotated else {})
+        self.walk = self._start(basis)
+        self._walk_layers(bar)
+        self._fit_head()
+        plan = self._plan()
+        found = Refitted(self.small_config, plan, {n: self.tensors[n].to(self.dtype) for n in self._names()})
+        if not self.walk.guards or not any(batch.held_out for batch in self.batches):
+            return found
+        energies = observer.energies
+        return self._judge(found, sliced_plan or plan_by_energy(self.walk.kept, self.kept_layers, energies))
+
+    def _check_tokens(self) -> None:
+        width = max(self.config.hidden_size, self.config.intermediate_size)
+        ratio = self.num_tokens / width
+        self.info |= {"num_tokens": self.num_tokens, "tokens_per_width": round(ratio, 1)}
+        logger.info("refit on %d tokens, %.1f per width of %d", self.num_tokens, ratio, width)
+        if ratio < TOKENS_PER_WIDTH:
+            logger.warning(
+                "refit has %d calibration tokens for a width of %d: %.1f each, and fewer than %d may do more harm than "
+                "good. Give at least %d tokens.",
+                self.num_tokens,
+                width,
+                ratio,
+                TOKENS_PER_WIDTH,
+                TOKENS_PER_WIDTH * width,
+            )
+
+    def _start(self, basis: Basis) -> Walk:
+        share = self.prune.stats_memory * 1e9 / 4
+        kept = KeptOfLayers(self.sizes, self.source_sizes, get_head_dim(self.config))
+        kept.kept_hidden = basis.kept_channels or []
+        before, after = StreamStore(share), StreamStore(share)
+        walk = Walk(self.batches, basis, self.prune, kept, before, after, self.device)
+        for number, batch in enumerate(self.batches):
+            before[number] = self.big.embed(batch.input_ids)
+        embedding = self.big.model.get_parameter(self.family.embedding)
+        if self.kept_layers[0] > 0:
+            embedding = embedding + self._pass_first_layers(before, walk.uses("embedding"))
+        self._set_outer(walk, embedding)
+        self.small = LayerwiseModel(self.small_config, self._read_small, self.device)
+        embedded = [self.small.embed(batch.input_ids) for batch in self.batches]
+        if self.prune.refit_mode == "sequential" or self.kept_layers[0] > 0:
+            walk.student_states = StreamStore(share)
+            for number, states in enumerate(embedded):
+                walk.student_states[number] = states
+        return walk
+
+    def _pass_first_layers(self, states: StreamStore, absorb: bool) -> Tensor | float:
+        """Brings ``states`` before the first kept layer; what the embedding's rows take over of the way there."""
+        first = [states[number] for number in range(len(self.batches))]
+        for index in range(self.kept_layers[0]):
+            self._run_dropped(index, states)
+        if self.tied or not absorb:
+            return 0.0
+        means = TokenMeans(self.config.vocab_size, self.config.hidden_size)
+        for number, batch in enumerate(self.batches):
+            if not batch.held_out:
+                means.add(batch.input_ids, states[number] - first[number])
+        return means.rows().to(self.device) / self._embedding_factor()
+
+    def _embedding_factor(self) -> float:
+        """What the model multiplies embeddings by, measured on the token with the largest entry."""
+        embedding = self.big.model.get_parameter(self.family.embedding)
+        token, channel = divmod(int(embedding.abs().argmax()), embedding.shape[1])
+        states = self.big.embed(torch.tensor([[token]]))
+        return float(states[0, 0, channel] / embedding[token, channel])
+
+    def _run_dropped(self, index: int, states: StreamStore) -> None:
+        with self.big.layer(index) as layer:
+            for number in range(len(self.batches)):
+                states[number] = layer.run(states[number].to(self.device))
+
+    def _set_outer(self, walk: Walk, embedding: Tensor) -> None:
+        family, model = self.family, self.big.model
+        self.tensors[family.embedding] = embed_in(walk.basis, embedding, family.scales_embedding_by_width)
+        norm = model.get_submodule(family.final_norm).named_parameters()
+        for name, tensor in trimmed_norms(walk.basis, norm, family.gain_offset, reads=True).items():
+            self.tensors[f"{family.final_norm}.{name}"] = tensor
+        if not self.tied:
+            self.tensors[family.head] = self._sliced_head(walk.basis)
+
+    def _sliced_head(self, basis: Basis) -> Tensor:
+        head = self.big.model.get_parameter(self.family.head)
+        if basis.is_identity:
+            return head
+        norm = self.big.model.get_submodule(self.family.final_norm)
+        return (head * (norm.weight + self.family.gain_offset) if basis.rotated else head) @ basis.read
+
+    def _read_small(self, name: str) -> Tensor:
+        """A tensor of the small model; zeros for what is not solved yet."""
+        return self.tensors[name] if name in self.tensors else torch.zeros(self._shapes[name])
+
+    @property
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        if not hasattr(self, "_known_shapes"):
+            self._known_shapes = {n: tuple(t.shape) for n, t in build_empty(self.small_config).state_dict().items()}
+        return self._known_shapes
+
+    def _names(self) -> list[str]:
+        return [name for name in self._shapes if not (self.tied and name == self.family.head)]
+
+    def _walk_layers(self, bar: tqdm) -> None:
+        self.info["layers"] = {}
+        for target, index in enumerate(self.kept_layers):
+            following = [*self.kept_layers, self.big.num_layers][target + 1]
+            with self.big.layer(index) as big, self.small.layer(target) as small:
+                self._set_norms(big, small)
+                report = {}
+                for half in (0, 1):
+                    absorbs = half == 1 and following > index + 1
+                    refit_half = HalfRefit(self.walk, big, small, half, absorbs)
+                    refit_half.read()
+                    for dropped in range(index + 1, following) if half else ():
+                        self._run_dropped(dropped, self.walk.after)
+                    refit_half.write()
+                    report |= refit_half.report
+                    self._step()
+                for name, tensor in small.module.named_parameters():
+                    self.tensors[self.family.layer_name(target, name)] = tensor.to("cpu", self.dtype, copy=True)
+            self.info["layers"][str(index)] = report
+            bar.update(following - index)
+
+    def _step(self) -> None:
+        """The next half reads what this one left behind."""
+        self.walk.before, self.walk.after = self.walk.after, self.walk.before
+        if self.prune.refit_mode == "teacher_forced":
+            self.walk.student_states = None
+
+    def _set_norms(self, big: LoadedLayer, small: LoadedLayer) -> None:
+        names = {(name, True) for name in self.family.read_norms} | {(name, False) for name in self.family.write_norms}
+        for norm, reads in names:
+            if norm is not None:
+                weights = big.module.get_submodule(norm).named_parameters()
+                trimmed = trimmed_norms(self.walk.basis, weights, self.family.gain_offset, reads)
+                for name, tensor in trimmed.items():
+                    small.put(f"{norm}.{name}", tensor)
+
+    def _fit_head(self) -> None:
+        walk = self.walk
+        if (walk.basis.is_identity and walk.student_states is None) or not walk.uses("readers"):
+            return
+        evidence = Evidence()
+        for number, batch in enumerate(self.batches):
+            x = self.small.normalize(walk.student(number))
+            evidence.add(x, self.big.normalize(walk.load(walk.before, number)), batch.held_out)
+        walk.fingerprint.update(evidence.fitted)
+        head = self.big.model.get_parameter(self.family.head)
+        if self.tied:
+            embedding = self.small.model.get_parameter(self.family.embedding)
+            scale, report = fit_final_gain(evidence, embedding, head, self.prune.refit_ridge)
+            for name, parameter in self.small.model.get_submodule(self.family.final_norm).named_parameters():
+                offset = self.family.gain_offset if name == "weight" else 0.0
+                self.tensors[f"{self.family.final_norm}.{name}"] = (parameter + offset) * scale - offset
+            self.info["head"] = report
+            return
+        prior = Linear(self.small.model.get_parameter(self.family.head))
+        fit = fit_linear(evidence, prior, Linear(head), ridge=self.prune.refit_ridge, guard=walk.guards)
+        self.tensors[self.family.head] = fit.linear.weight
+        self.info["head"] = fit.as_dict()
+
+    def _plan(self) -> PrunePlan:
+        kept = self.walk.kept
+        without = {"without": sorted(self.prune.refit_without)} if self.prune.refit_without else {}
+        return PrunePlan(
+            sizes=self.sizes,
+            source_sizes=self.source_sizes,
+            kept_layers=self.kept_layers,
+            kept_hidden=kept.kept_hidden,
+            kept_neurons=kept.kept_neurons,
+            kept_heads=kept.kept_heads,
+            kept_key_value_heads=kept.kept_key_value_heads,
+            info=self.info | without | {"moments_sha256": self.walk.fingerprint.hexdigest()},
+        )
+
+    def _judge(self, found: Refitted, sliced_plan: PrunePlan) -> Refitted:
+        """The refit model, or the plainly sliced one if that is better on the rows held out."""
+        sliced = Trimmer(self._source, self.config, sliced_plan, self.dtype)
+        where = self.batches, self.device, self.prune.stats_memory * 1e9 / 4
+        losses = {
+            name: held_out_loss(self.small_config, model.trim, *where)
+            for name, model in (("refit", found), ("sliced", sliced))
+        }
+        found.plan.info["held_out_loss"] = losses
+        if losses["refit"] <= losses["sliced"]:
+            return found
+        logger.warning(
+            "refit gives a loss of %.3f on held-out calibration rows, plain slicing %.3f: the sliced weights are kept. "
+            "Refit needs more calibration tokens.",
+            losses["refit"],
+            losses["sliced"],
+        )
+        tensors = dict(sliced)
+        info = {key: value for key, value in found.plan.info.items() if key != "basis"}
+        plan = dataclasses.replace(sliced_plan, info=info | {"fell_back": True})
+        return Refitted(self.small_config, plan, tensors)

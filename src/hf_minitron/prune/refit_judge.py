@@ -1,0 +1,73 @@
+"""Refit's fall-back: the plainly sliced model, where held-out calibration rows say that it is the better one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedConfig
+
+from hf_minitron.prune.layerwise import LayerwiseModel
+from hf_minitron.prune.plan import PrunePlan
+from hf_minitron.prune.refit_choice import rank_by_energy, rank_heads_by_energy
+from hf_minitron.prune.refit_half import KeptOfLayers
+from hf_minitron.prune.refit_streams import Batch, StreamStore
+
+
+def held_out_loss(
+    config: PreTrainedConfig,
+    read: Callable[[str], Tensor],
+    batches: Sequence[Batch],
+    device: torch.device,
+    max_bytes: float,
+) -> float:
+    """Mean next-token loss in nats of a model, run layer by layer, over the batches held out."""
+    model = LayerwiseModel(config, read, device)
+    batches = [batch for batch in batches if batch.held_out]
+    states = StreamStore(max_bytes)
+    for number, batch in enumerate(batches):
+        states[number] = model.embed(batch.input_ids)
+    for index in range(model.num_layers):
+        with model.layer(index) as layer:
+            for number in range(len(batches)):
+                states[number] = layer.run(states[number].to(device))
+    sums = [model.loss(states[number].to(device), batch.input_ids).sum() for number, batch in enumerate(batches)]
+    return float(sum(sums)) / sum(batch.input_ids[:, 1:].numel() for batch in batches)
+
+
+def plan_by_energy(kept: KeptOfLayers, kept_layers: list[int], channel_energies: Tensor | None) -> PrunePlan:
+    """Plain slicing by the mean squares that refit saw, which is P1's aggregation (l2, l2); no scores are needed."""
+    sizes, source = kept.sizes, kept.source_sizes
+    per_group = [size["num_attention_heads"] // size["num_key_value_heads"] for size in (source, sizes)]
+    attention = [
+        ([*range(source["num_key_value_heads"])], [*range(source["num_attention_heads"])])
+        if (energy := kept.energies.get((layer, 0))) is None
+        else rank_heads_by_energy(
+            torch.diag(energy), _ones(energy), kept.head_dim, per_group[0], sizes["num_key_value_heads"], per_group[1]
+        )
+        for layer in range(len(kept_layers))
+    ]
+    neurons = [
+        _keep(kept.energies.get((layer, 1)), source["intermediate_size"], sizes["intermediate_size"])
+        for layer in range(len(kept_layers))
+    ]
+    return PrunePlan(
+        sizes=sizes,
+        source_sizes=source,
+        kept_layers=kept_layers,
+        kept_hidden=_keep(channel_energies, source["hidden_size"], sizes["hidden_size"]),
+        kept_neurons=neurons,
+        kept_heads=[heads for _, heads in attention],
+        kept_key_value_heads=[groups for groups, _ in attention],
+    )
+
+
+def _keep(energies: Tensor | None, size: int, keep: int) -> list[int]:
+    if energies is None:
+        return list(range(size))
+    return rank_by_energy(torch.diag(energies), _ones(energies), keep)
+
+
+def _ones(energies: Tensor) -> Tensor:
+    return torch.ones(1, len(energies), dtype=energies.dtype, device=energies.device)

@@ -1,0 +1,151 @@
+"""Ridge regressions in closed form, pulled toward the sliced weights, and their errors on held-out rows.
+
+    W = argmin E|W x + b − (T y + c)|² + λ |W − W₀|²  =  (T E[y xᵀ] + λ W₀) (E[x xᵀ] + λ I)⁻¹,   λ = ridge · mean E[x²]
+
+with moments about the means, and b = T ȳ + c − W x̄, where there is a bias. With few tokens the result tends to the
+prior W₀ instead of blowing up, and λ > 0 makes rank-deficient moments harmless. FLOPs: n³/3 for the Cholesky factor and
+2 n² for each of the m rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_minitron.prune.refit_moments import CrossMoments, Evidence
+
+RIDGE = 1e-2
+
+
+@dataclass(frozen=True)
+class Linear:
+    """A linear map: ``weight`` (out, in), and ``bias`` (out,) or None."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def rows(self, indices: Tensor | None) -> Linear:
+        """The map to some of its outputs; None means all."""
+        if indices is None:
+            return self
+        indices = indices.to(self.weight.device)
+        return Linear(self.weight[indices], None if self.bias is None else self.bias[indices])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A solution and its mean squared error on held-out rows, relative to the target's, beside that of slicing.
+
+    ``before`` and ``after`` are None where no rows were held out. ``fell_back`` says that the sliced weights were kept,
+    since they were better there.
+    """
+
+    linear: Linear
+    before: float | None
+    after: float | None
+    fell_back: bool
+
+    def as_dict(self) -> dict[str, float | bool | None]:
+        """For the lineage."""
+        found = {"before": self.before, "after": self.after}
+        return found | ({"fell_back": True} if self.fell_back else {})
+
+
+def fit_linear(
+    evidence: Evidence,
+    prior: Linear,
+    teacher: Linear | None = None,
+    *,
+    sliced: Linear | None = None,
+    ridge: float = RIDGE,
+    guard: bool = True,
+) -> Fit:
+    """The map from x to what ``teacher`` makes of y (None: to y itself), pulled toward ``prior``.
+
+    With ``guard`` it is ``sliced`` (None: the prior), where that is better on held-out rows. The result has a bias if
+    the prior has one; the evidence is then to be centred.
+    """
+    sliced = sliced or prior
+    found = solve_ridge(evidence.fitted, prior, teacher, ridge)
+    if evidence.held_out.count == 0:
+        return Fit(found, None, None, False)
+    scale = _target_energy(evidence.held_out, teacher)
+    before = mean_squared_error(evidence.held_out, sliced, teacher) / scale
+    after = mean_squared_error(evidence.held_out, found, teacher) / scale
+    if guard and not after <= before:
+        return Fit(sliced, before, before, True)
+    return Fit(found, before, after, False)
+
+
+def solve_ridge(moments: CrossMoments, prior: Linear, teacher: Linear | None, ridge: float) -> Linear:
+    """The formula above, in float64, returned in the prior's dtype."""
+    xx, yx = moments.xx, moments.yx
+    strength = ridge * float(xx.diagonal().mean())
+    if not strength > 0:  # an input that is always zero: nothing to learn
+        return prior
+    wanted = yx if teacher is None else teacher.weight.double() @ yx
+    factor = factorize(xx, strength)
+    weight = torch.cholesky_solve((wanted + strength * prior.weight.double()).T, factor).T
+    if prior.bias is None:
+        return Linear(weight.to(prior.weight.dtype))
+    mean = _apply(teacher, moments.y_mean)
+    return Linear(weight.to(prior.weight.dtype), (mean - weight @ moments.x_mean).to(prior.bias.dtype))
+
+
+def compensate(covariance: Tensor, weight: Tensor, kept: Tensor, ridge: float) -> Tensor:
+    """``weight`` (m, n) on the inputs ``kept`` alone, (m, kept), with what can be told of the others from them added.
+
+    W C[:, K] (C[K, K] + λ I)⁻¹, pulled toward the slice W[:, K].
+    """
+    kept = kept.to(covariance.device)
+    strength = ridge * float(covariance.diagonal()[kept].mean())
+    if not strength > 0:
+        return weight[:, kept]
+    wanted = weight.double() @ covariance[:, kept] + strength * weight[:, kept].double()
+    factor = factorize(covariance[kept][:, kept], strength)
+    return torch.cholesky_solve(wanted.T, factor).T.to(weight.dtype)
+
+
+def mean_squared_error(moments: CrossMoments, linear: Linear, teacher: Linear | None) -> float:
+    """E|W x + b − (T y + c)|², summed over outputs; the moments are to hold y yᵀ."""
+    weight = linear.weight.double()
+    cross = moments.yx if teacher is None else teacher.weight.double() @ moments.yx
+    spread = ((weight @ moments.xx) * weight).sum() - 2 * (weight * cross).sum() + _target_spread(moments, teacher)
+    shift = weight @ moments.x_mean - _apply(teacher, moments.y_mean)
+    if linear.bias is not None:
+        shift = shift + linear.bias.double()
+    return max(float(spread + shift.square().sum()), 0.0)
+
+
+def factorize(covariance: Tensor, strength: float) -> Tensor:
+    """The Cholesky factor of ``covariance + strength · I``; rounding below zero is met by ten times the strength."""
+    for _ in range(12):
+        shifted = covariance + strength * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
+        factor, failed = torch.linalg.cholesky_ex(shifted)
+        if not int(failed):
+            return factor
+        strength *= 10
+    raise ValueError(
+        "the moments of the calibration activations are not positive semidefinite: they hold NaN or Inf. Check the "
+        "weights and the calibration rows."
+    )
+
+
+def _apply(teacher: Linear | None, mean: Tensor) -> Tensor:
+    if teacher is None:
+        return mean
+    found = teacher.weight.double() @ mean
+    return found if teacher.bias is None else found + teacher.bias.double()
+
+
+def _target_spread(moments: CrossMoments, teacher: Linear | None) -> Tensor:
+    if teacher is None:
+        return moments.yy.diagonal().sum()
+    weight = teacher.weight.double()
+    return ((weight @ moments.yy) * weight).sum()
+
+
+def _target_energy(moments: CrossMoments, teacher: Linear | None) -> float:
+    return max(float(_target_spread(moments, teacher)), torch.finfo(torch.float64).tiny)
