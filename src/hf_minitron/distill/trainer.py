@@ -21,6 +21,7 @@ from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.compatibility import check_models
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.kd_head import IGNORE_INDEX, KDOutput, fused_linear_kd
+from hf_minitron.distill.sharding import gathered, prepare_teacher, whole
 
 # Sums over tokens that training and evaluation report, in this order.
 SUM_NAMES = ("kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
@@ -78,19 +79,21 @@ class DistillationTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
-        self.teacher_model = teacher_model.eval().requires_grad_(False)
-        if getattr(teacher_model, "hf_device_map", None) is None:
-            self.teacher_model = teacher_model.to(args.device)
+        self.teacher_model = teacher_model
+        self._wrapped_teacher = prepare_teacher(teacher_model, self.accelerator, args.device)
         self._train_sums = self._new_sums()
         self._eval_sums = self._new_sums()
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, also right after an `evaluate`.
 
-        An evaluation before training marks the bare model as prepared, so that accelerate would not wrap it in DDP
-        and every process would silently train alone (transformers 5.23, accelerate 1.15).
+        An evaluation before training leaves the model prepared without an optimizer (transformers 5.23, accelerate
+        1.15): not wrapped in DDP, so that every process would silently train alone, or in a DeepSpeed engine that
+        cannot train. That is undone here.
         """
-        if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.is_deepspeed_enabled:
+            self.deepspeed, self.model_wrapped = None, self.model
+        if self.model_wrapped is self.model and not self.is_fsdp_enabled:
             self.model._is_accelerate_prepared = False
         return super().train(*args, **kwargs)
 
@@ -183,8 +186,7 @@ class DistillationTrainer(Trainer):
         if labels is None:
             raise ValueError(f"The batch has {sorted(inputs)} but no labels. Use a collator such as CausalLMCollator.")
         following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
-        with torch.no_grad(), self.accelerator.autocast():
-            teacher_hidden = _last_hidden(self.teacher_model, inputs)
+        teacher_hidden = self._teacher_hidden(inputs)
         student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         results: list[KDOutput] = []
 
@@ -192,9 +194,9 @@ class DistillationTrainer(Trainer):
             with self.accelerator.autocast():
                 kd = fused_linear_kd(
                     _last_hidden(student, student_inputs),
-                    student.get_output_embeddings().weight,
+                    whole(student.get_output_embeddings().weight),
                     teacher_hidden,
-                    self.teacher_model.get_output_embeddings().weight,
+                    teacher_weight,
                     (following != IGNORE_INDEX).float(),
                     labels=following,
                     temperature=self.args.temperature,
@@ -205,11 +207,22 @@ class DistillationTrainer(Trainer):
             results.append(kd)
             return kd.loss
 
-        with _redirected_forward(student, forward):
+        teacher_head = self.teacher_model.get_output_embeddings().weight
+        with gathered(teacher_head) as teacher_weight, _redirected_forward(student, forward):
             loss = model(**inputs)
         kd = results.pop()
         kd.loss = loss
         return kd
+
+    @torch.no_grad()
+    def _teacher_hidden(self, inputs: dict[str, Tensor]) -> Tensor:
+        """What the teacher's head reads, through its wrapper, which gathers sharded layers one by one."""
+
+        def forward(**inputs: Tensor) -> Tensor:
+            return _last_hidden(self.teacher_model, inputs)
+
+        with self.accelerator.autocast(), _redirected_forward(self.teacher_model, forward):
+            return self._wrapped_teacher(**inputs)
 
     def _new_sums(self) -> Tensor:
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
