@@ -9,6 +9,7 @@ import os
 import shutil
 import sys
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +81,75 @@ class DistillReport:
         return dataclasses.asdict(self) | {"output_dir": str(self.output_dir)}
 
 
-def distill_checkpoint(arguments: DistillArguments, config: DistillationConfig) -> DistillReport:
+@dataclass(frozen=True)
+class PackedRows:
+    """Packed rows and what the lineage says of them; ``facts["fingerprint"]`` is that of the rows."""
+
+    dataset: Dataset
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class DistillInputs:
+    """What the students of one teacher can share: rows that are packed, and the teacher, loaded when first needed."""
+
+    teacher: Checkpoint
+    teacher_dtype: torch.dtype
+    trust_remote_code: bool
+    train: PackedRows
+    held_out: PackedRows | None
+    max_length: int
+
+    @cached_property
+    def teacher_model(self) -> PreTrainedModel:
+        """The teacher in memory, the same one for every student."""
+        return _load(self.teacher, self.teacher_dtype, self.trust_remote_code)
+
+
+def distill_checkpoint(
+    arguments: DistillArguments, config: DistillationConfig, inputs: DistillInputs | None = None
+) -> DistillReport:
     """Trains the student on the teacher's logits and writes it, in its own dtype, with tokenizer and lineage.
 
     The student trains with fp32 weights, whatever it is stored in. An interrupted run leaves ``checkpoint-*`` folders
-    in ``output_dir`` and goes on with ``resume_from_checkpoint`` ("true", or one of them).
+    in ``output_dir`` and goes on with ``resume_from_checkpoint`` ("true", or one of them). ``inputs`` are those of an
+    earlier ``load_inputs`` with the same arguments; by default they are read now.
     """
     stage = Stage("distill", settings=_settings(arguments, config))
     output_dir, resume = Path(config.output_dir), _find_resume(arguments, config)
     student = _open(arguments.student_model, arguments.student_revision, arguments)
+    if inputs is None:
+        inputs = load_inputs(arguments, config, student)
+    _check_vocabularies(student, inputs.teacher, config)
+    if resume is None:
+        _empty(output_dir)
+    train, held_out = inputs.train, inputs.held_out
+    trainer = DistillationTrainer(
+        model=_load(student, torch.float32, arguments.trust_remote_code),
+        teacher_model=inputs.teacher_model,
+        args=config,
+        train_dataset=train.dataset,
+        eval_dataset=held_out.dataset if held_out else None,
+        processing_class=AutoTokenizer.from_pretrained(student.folder),
+    )
+    before = _metrics(trainer.evaluate()) if held_out and resume is None else {}
+    seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
+    after = _metrics(trainer.evaluate()) if held_out else {}
+    report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
+    stage.inputs = {"student": student.source, "teacher": inputs.teacher.source}
+    stage.data = {"max_length": inputs.max_length, "train": train.facts}
+    stage.data |= {"held_out": held_out.facts} if held_out else {}
+    stage.tokens = report.num_tokens
+    stage.metrics = {"before": before, "after": after} if after else None
+    save_student(trainer, student, output_dir, stage)
+    return report
+
+
+def load_inputs(
+    arguments: DistillArguments, config: DistillationConfig, student: Checkpoint | None = None
+) -> DistillInputs:
+    """Reads the text and finds the teacher, after checking that they fit the student."""
+    student = student or _open(arguments.student_model, arguments.student_revision, arguments)
     teacher = _open(arguments.teacher_model, arguments.teacher_revision, arguments)
     _check_vocabularies(student, teacher, config)
     teacher_dtype = parse_dtype(arguments.teacher_dtype) or fast_dtype(config.device)
@@ -97,26 +158,7 @@ def distill_checkpoint(arguments: DistillArguments, config: DistillationConfig) 
     with PartialState().main_process_first():
         train = _train_rows(arguments, config, tokenizer, max_length)
         held_out = _held_out_rows(arguments, tokenizer, max_length)
-    if resume is None:
-        _empty(output_dir)
-    trainer = DistillationTrainer(
-        model=_load(student, torch.float32, arguments),
-        teacher_model=_load(teacher, teacher_dtype, arguments),
-        args=config,
-        train_dataset=train.dataset,
-        eval_dataset=held_out.dataset if held_out else None,
-        processing_class=tokenizer,
-    )
-    before = _metrics(trainer.evaluate()) if held_out and resume is None else {}
-    seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
-    after = _metrics(trainer.evaluate()) if held_out else {}
-    report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
-    stage.inputs = {"student": student.source, "teacher": teacher.source}
-    stage.data = {"max_length": max_length, "train": train.facts} | ({"held_out": held_out.facts} if held_out else {})
-    stage.tokens = report.num_tokens
-    stage.metrics = {"before": before, "after": after} if after else None
-    save_student(trainer, student, output_dir, stage)
-    return report
+    return DistillInputs(teacher, teacher_dtype, arguments.trust_remote_code, train, held_out, max_length)
 
 
 def save_student(trainer: DistillationTrainer, source: Checkpoint, output_dir: Path, stage: Stage) -> None:
@@ -154,7 +196,7 @@ def _write_in_dtype_of(source: Checkpoint, trained: Checkpoint, folder: Path) ->
 def _find_resume(arguments: DistillArguments, config: DistillationConfig) -> str | None:
     """The checkpoint to go on from, if that was asked for; refuses a folder whose content would be lost or mixed up."""
     output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
-    last = _last_whole_checkpoint(output_dir)
+    last = last_whole_checkpoint(output_dir)
     if resume is not None and str(resume).lower() in ("true", "last"):
         if last is None:
             raise FileNotFoundError(
@@ -172,7 +214,7 @@ def _find_resume(arguments: DistillArguments, config: DistillationConfig) -> str
     return resume
 
 
-def _last_whole_checkpoint(output_dir: Path) -> str | None:
+def last_whole_checkpoint(output_dir: Path) -> str | None:
     """The newest ``checkpoint-*`` whose writing was not cut off: the Trainer writes its own state last."""
     whole = [path for path in output_dir.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
     return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
@@ -209,24 +251,16 @@ def _check_vocabularies(student: Checkpoint, teacher: Checkpoint, config: Distil
         )
 
 
-@dataclass(frozen=True)
-class _Rows:
-    """Packed rows and what the lineage says of them."""
-
-    dataset: Dataset
-    facts: dict[str, Any]
-
-
 def _read_rows(
     source: str, how: dict[str, Any], tokenizer: PreTrainedTokenizerBase, length: int, most: int | None, seed: int
-) -> _Rows:
+) -> PackedRows:
     rows = pack_rows(load_text(source, **how), tokenizer, length, max_rows=most, seed=seed)
-    return _Rows(rows, describe_source(source, **how) | {"fingerprint": fingerprint_rows(rows)})
+    return PackedRows(rows, describe_source(source, **how) | {"fingerprint": fingerprint_rows(rows)})
 
 
 def _train_rows(
     arguments: DistillArguments, config: DistillationConfig, tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> _Rows:
+) -> PackedRows:
     """Rows at random, no more than the run's steps can use, so that a stream is only read as far as needed."""
     most = arguments.max_train_rows
     if config.max_steps > 0:
@@ -238,7 +272,9 @@ def _train_rows(
     return _read_rows(arguments.dataset, how, tokenizer, max_length, most, seed)
 
 
-def _held_out_rows(arguments: DistillArguments, tokenizer: PreTrainedTokenizerBase, max_length: int) -> _Rows | None:
+def _held_out_rows(
+    arguments: DistillArguments, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> PackedRows | None:
     """Rows at random, but the same ones whatever the run's seed."""
     if arguments.eval_dataset is None:
         return None
@@ -259,9 +295,9 @@ def _eval_split(arguments: DistillArguments) -> str:
     return split
 
 
-def _load(source: Checkpoint, dtype: torch.dtype, arguments: DistillArguments) -> PreTrainedModel:
+def _load(source: Checkpoint, dtype: torch.dtype, trust_remote_code: bool) -> PreTrainedModel:
     model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=arguments.trust_remote_code
+        source.folder, dtype=dtype, use_safetensors=True, trust_remote_code=trust_remote_code
     )
     for name, parameter in model.named_parameters():
         check_finite(name, parameter)
