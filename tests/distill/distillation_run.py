@@ -1,18 +1,13 @@
-"""One distillation step of tiny models, tied and untied: `torchrun distillation_run.py OUTPUT ROWS ACCUMULATION`.
-
-Writes metrics, log and gradient as JSON to OUTPUT; ROWS are per process. Run by test_trainer_processes.py; the tests
-in this folder also use its functions.
-"""
+"""Tiny models and rows, and one distillation step of them under any engine, for the tests in this folder."""
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
-from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_minitron.distill.config import DistillationConfig
@@ -43,13 +38,47 @@ def uneven_rows(count: int, seed: int = 0, vocab_size: int = 64) -> list[dict[st
 
 
 class GradientCapture(TrainerCallback):
-    """Keeps the gradient that the optimizer sees."""
+    """Keeps the gradient that the optimizer sees, gathered from wherever its parts are."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.deepspeed_engine = getattr(self.trainer, "deepspeed", None)
+        if self.deepspeed_engine is not None:  # its optimizer steps inside accelerate's backward
+            from deepspeed.utils import safe_get_full_grad
+
+            step = self.deepspeed_engine.step
+
+            def captured_step(*args: Any, **kwargs: Any) -> Any:
+                self.keep({name: safe_get_full_grad(parameter) for name, parameter in model.named_parameters()})
+                return step(*args, **kwargs)
+
+            self.deepspeed_engine.step = captured_step
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.values = {name: parameter.grad.tolist() for name, parameter in model.named_parameters()}
+        if self.deepspeed_engine is None:
+            self.keep({name: parameter.grad for name, parameter in model.named_parameters()})
+
+    def keep(self, gradients: dict[str, Tensor]) -> None:
+        whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+        self.values = {name: gradient.tolist() for name, gradient in whole.items()}
 
 
-def one_step(tied: bool, rows_per_device: int, accumulation: int) -> dict[str, Any]:
+def engine_options(engine: str) -> dict[str, Any]:
+    """What TrainingArguments need for "ddp" (or one process), "zero1" to "zero3" and "fsdp2"."""
+    if engine.startswith("zero"):
+        automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        config: dict[str, Any] = dict.fromkeys((*automatic, "gradient_clipping"), "auto")
+        config |= {"zero_optimization": {"stage": int(engine[-1])}, "zero_allow_untested_optimizer": True}
+        return {"deepspeed": config}
+    return {"fsdp": True, "fsdp_config": {"version": 2}} if engine == "fsdp2" else {}
+
+
+def sharding(model: nn.Module) -> str:
+    """Whether a model's parameters are "whole", or in parts, by DeepSpeed ("ds_id") or FSDP2 ("DTensor")."""
+    kinds = {"ds_id" if hasattr(p, "ds_id") else type(p).__name__ for p in model.parameters()}
+    return {"Parameter": "whole"}.get(kind := kinds.pop(), kind) if len(kinds) == 1 else str(kinds)
+
+
+def one_step(tied: bool, rows_per_device: int, accumulation: int, engine: str = "ddp") -> dict[str, Any]:
     """Evaluates 7 rows, trains one step on 8, and returns metrics, the step's log and its whole gradient."""
     with tempfile.TemporaryDirectory() as folder:
         args = DistillationConfig(
@@ -67,6 +96,7 @@ def one_step(tied: bool, rows_per_device: int, accumulation: int) -> dict[str, A
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            **engine_options(engine),
         )
         student = tiny_llama(16, seed=1, tied=tied)
         gradient = GradientCapture()
@@ -78,23 +108,14 @@ def one_step(tied: bool, rows_per_device: int, accumulation: int) -> dict[str, A
             eval_dataset=uneven_rows(7, seed=1),
             callbacks=[gradient],
         )
+        gradient.trainer = trainer
         metrics = trainer.evaluate()
         trainer.train()
     return {
         "processes": trainer.accelerator.num_processes,
-        "main": trainer.is_world_process_zero(),
+        "type": trainer.accelerator.distributed_type.value,
+        "sharding": {"student": sharding(student), "teacher": sharding(trainer.teacher_model)},
         "log": next(entry for entry in trainer.state.log_history if "loss" in entry),
         "metrics": metrics,
         "gradient": gradient.values,
     }
-
-
-def main(output: str, rows_per_device: int, accumulation: int) -> None:
-    torch.set_num_threads(1)
-    results = {head: one_step(head == "tied", rows_per_device, accumulation) for head in ("tied", "untied")}
-    if results["tied"]["main"]:
-        Path(output).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

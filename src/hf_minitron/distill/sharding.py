@@ -8,8 +8,9 @@ from contextlib import contextmanager
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Trainer
 
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, device: torch.device) -> nn.Module:
@@ -21,8 +22,7 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, device: 
     teacher.eval().requires_grad_(False)
     if getattr(teacher, "hf_device_map", None) is not None:
         return teacher
-    plugin = accelerator.state.deepspeed_plugin if accelerator.distributed_type == "DEEPSPEED" else None
-    if plugin is not None and plugin.zero_stage == 3:
+    if _zero_stage(accelerator) == 3:
         from trl.models.utils import prepare_deepspeed
 
         return prepare_deepspeed(teacher, accelerator)
@@ -32,20 +32,94 @@ def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator, device: 
 
 
 @contextmanager
-def gathered(weight: Tensor) -> Iterator[Tensor]:
-    """The whole of a weight that no gradient is wanted of, as long as the block runs: a sharded teacher's head."""
-    if hasattr(weight, "ds_id"):  # ZeRO-3 leaves an empty tensor where a parameter is not gathered
+def prepared_evaluation(trainer: Trainer) -> Iterator[None]:
+    """Lets a student be evaluated before it was trained, where transformers 5.23 and accelerate 1.15 refuse to.
+
+    FSDP2 wants an optimizer beside the model, which there is none of yet: the student is sharded without. DeepSpeed
+    evaluates under ZeRO-3 only: under the others every process holds a whole student, which runs as it is.
+    """
+    accelerator = trainer.accelerator
+    if accelerator.is_fsdp2:
+        if not accelerator._models:
+            trainer.model = trainer.model_wrapped = _prepare_fsdp(trainer.model, accelerator)
+            accelerator._models.append(trainer.model)
+        yield
+        # accelerate keeps the head gathered for a backward pass: an optimizer built now would take it for whole.
+        for module in trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    elif trainer.is_deepspeed_enabled and trainer.deepspeed is None and _zero_stage(accelerator) != 3:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        trainer.deepspeed = trainer.model.to(trainer.args.device)
+        accelerator._models.append(trainer.model)
+        try:
+            with torch.autocast(trainer.args.device.type, dtype, enabled=dtype is not None):
+                yield
+        finally:
+            trainer.deepspeed = None
+            accelerator._models.pop()
+    else:
+        yield
+
+
+def save_whole(trainer: Trainer, folder: str) -> None:
+    """Like `Trainer.save_model` after training, but always whole weights, and DeepSpeed's in fp32 where it trains so.
+
+    Every process must call it; the first one holds the student once more, in its main memory. Settings by which
+    checkpoints stay in parts (`zero3_save_16bit_model: false`, `SHARDED_STATE_DICT`) do not matter.
+    """
+    if trainer.is_deepspeed_enabled:
+        state = _zero_state_dict(trainer)
+    elif trainer.accelerator.is_fsdp2:
+        state = trainer.accelerator.get_state_dict(trainer.model)
+    else:
+        trainer.save_model(folder)
+        return
+    names: dict[int, str] = {}
+    for name, parameter in trainer.model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if name in state:  # gathering made copies of tied weights, which would be written twice
+            state[name] = state[first]
+    trainer._save(folder, state_dict=state)
+
+
+@contextmanager
+def gathered(head: nn.Module) -> Iterator[Tensor]:
+    """The whole weight of a frozen, perhaps sharded head, as long as the block runs."""
+    if hasattr(head.weight, "ds_id"):  # ZeRO-3 leaves an empty tensor where a parameter is not gathered
         import deepspeed
 
-        with deepspeed.zero.GatheredParameters([weight]):
-            yield weight
-    else:
-        yield whole(weight)
+        with deepspeed.zero.GatheredParameters([head.weight]):
+            yield head.weight
+        return
+    yield whole(head.weight)
+    if isinstance(head, FSDPModule):  # accelerate keeps heads gathered for a backward pass, which no teacher has
+        head.reshard()
 
 
 def whole(weight: Tensor) -> Tensor:
     """A weight as one plain tensor; gradients flow back to the shards of FSDP2."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _zero_state_dict(trainer: Trainer) -> dict[str, Tensor]:
+    """The optimizer's weights, gathered one by one; frozen weights and buffers are those of the model."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parameters = dict(trainer.model.named_parameters(remove_duplicate=False))
+    state = {name: buffer for name, buffer in trainer.model.state_dict().items() if name not in parameters}
+    for name, parameter in parameters.items():
+        exact = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        with deepspeed.zero.GatheredParameters([parameter], enabled=exact is None and hasattr(parameter, "ds_id")):
+            if trainer.is_world_process_zero():
+                state[name] = (parameter if exact is None else exact).detach().to("cpu", copy=True)
+    return state
+
+
+def _zero_stage(accelerator: Accelerator) -> int | None:
+    """None without DeepSpeed."""
+    return accelerator.state.deepspeed_plugin.zero_stage if accelerator.distributed_type == "DEEPSPEED" else None
 
 
 def _prepare_fsdp(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:

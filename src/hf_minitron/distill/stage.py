@@ -22,6 +22,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from hf_minitron.checkpoint import Checkpoint, check_finite, check_output_dir, copy_companions, write_tensors
 from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, load_text, pack_rows
 from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.sharding import save_whole
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.hardware import fast_dtype, parse_dtype
 from hf_minitron.lineage import Stage, append_stage, settings_dict
@@ -167,7 +168,7 @@ def save_student(trainer: DistillationTrainer, source: Checkpoint, output_dir: P
     A folder with ``minitron.json`` is therefore complete. Every process must call this: sharded weights are gathered.
     """
     gathered, whole = output_dir / ".gathered.tmp", output_dir / ".student.tmp"
-    trainer.save_model(str(gathered))
+    save_whole(trainer, str(gathered))
     if trainer.is_world_process_zero():
         shutil.rmtree(whole, ignore_errors=True)
         whole.mkdir(parents=True)
@@ -230,10 +231,12 @@ def _empty(output_dir: Path) -> None:
 def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[str, Any]:
     """What was asked for, but not what inputs and data tell; of the Trainer's settings those that were changed."""
     asked = {key: value for key, value in settings_dict(arguments).items() if key not in _TOLD_ELSEWHERE}
-    default = settings_dict(DistillationConfig(output_dir=config.output_dir))
+    # Its creation sets up accelerate's shared state anew: without use_cpu it would forget the other CPU processes.
+    default = settings_dict(DistillationConfig(output_dir=config.output_dir, use_cpu=config.use_cpu))
     chosen = settings_dict(config)
     always = ("temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
     changed = {key: value for key, value in chosen.items() if key in always or value != default.get(key)}
+    changed |= {"use_cpu": True} if config.use_cpu else {}
     return asked | {key: value for key, value in changed.items() if key not in _TOLD_ELSEWHERE}
 
 

@@ -21,7 +21,7 @@ from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.compatibility import check_models
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.kd_head import IGNORE_INDEX, KDOutput, fused_linear_kd
-from hf_minitron.distill.sharding import gathered, prepare_teacher, whole
+from hf_minitron.distill.sharding import gathered, prepare_teacher, prepared_evaluation, whole
 
 # Sums over tokens that training and evaluation report, in this order.
 SUM_NAMES = ("kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
@@ -153,7 +153,8 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The Trainer's loop, its mean of batch means replaced by means over all targets."""
         self._eval_sums = self._new_sums()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        with prepared_evaluation(self):
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means = _means(self._eval_sums.tolist())
         means["loss"] = self.args.temperature**2 * means["kl"] + self.args.ce_weight * means["lm_loss"]
         means["perplexity"] = _perplexity(means["lm_loss"])
@@ -207,8 +208,10 @@ class DistillationTrainer(Trainer):
             results.append(kd)
             return kd.loss
 
-        teacher_head = self.teacher_model.get_output_embeddings().weight
-        with gathered(teacher_head) as teacher_weight, _redirected_forward(student, forward):
+        with (
+            gathered(self.teacher_model.get_output_embeddings()) as teacher_weight,
+            _redirected_forward(student, forward),
+        ):
             loss = model(**inputs)
         kd = results.pop()
         kd.loss = loss
