@@ -1,7 +1,8 @@
-"""Whether a student can be trained on a teacher's distribution; checked before any work."""
+"""Whether a student can be trained on a teacher's distribution, checked before any work; and where its backbone is."""
 
 from __future__ import annotations
 
+from torch import nn
 from transformers import PreTrainedModel
 
 # Scalings of the logits after the head that `fused_linear_kd` does not apply, by the configs' key.
@@ -22,6 +23,11 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
+        if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+            raise ValueError(
+                f"The {role}'s head is a {type(head).__name__} of peft: the loss reads the head's own weight and would "
+                "miss what is added to it. Leave the head out of target_modules and modules_to_save."
+            )
         if getattr(head, "bias", None) is not None:
             raise ValueError(f"The {role}'s head has a bias, which the loss would ignore: not supported.")
         for key in LOGIT_SCALING_KEYS:
@@ -40,3 +46,9 @@ def check_models(student: PreTrainedModel, teacher: PreTrainedModel, vocab_limit
         )
     if vocab_limit is not None and vocab_limit > smaller:
         raise ValueError(f"vocab_limit={vocab_limit} is more than the {smaller} entries that both models have.")
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal model whose last hidden state the head reads; of a PeftModel, with its adapters."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model

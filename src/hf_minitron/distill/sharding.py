@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from accelerate import Accelerator
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -66,8 +68,12 @@ def save_whole(trainer: Trainer, folder: str) -> None:
     """Like `Trainer.save_model` after training, but always whole weights, and DeepSpeed's in fp32 where it trains so.
 
     Every process must call it; the first one holds the student once more, in its main memory. Settings by which
-    checkpoints stay in parts (`zero3_save_16bit_model: false`, `SHARDED_STATE_DICT`) do not matter.
+    checkpoints stay in parts (`zero3_save_16bit_model: false`, `SHARDED_STATE_DICT`) do not matter. Adapters of a
+    PeftModel are merged into the weights, so that plain transformers loads what was trained.
     """
+    if isinstance(trainer.model, PeftModel):
+        _save_merged(trainer, folder)
+        return
     if trainer.is_deepspeed_enabled:
         state = _zero_state_dict(trainer)
     elif trainer.accelerator.is_fsdp2:
@@ -100,6 +106,16 @@ def gathered(head: nn.Module) -> Iterator[Tensor]:
 def whole(weight: Tensor) -> Tensor:
     """A weight as one plain tensor; gradients flow back to the shards of FSDP2."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _save_merged(trainer: Trainer, folder: str) -> None:
+    if _zero_stage(trainer.accelerator) == 3 or trainer.accelerator.distributed_type == "FSDP":
+        raise ValueError(
+            "The student is a PeftModel in parts, whose adapters are merged on one process only. Save them with "
+            "trainer.save_model, and merge them afterwards (peft: merge_and_unload); or train with DDP."
+        )
+    if trainer.is_world_process_zero():
+        copy.deepcopy(trainer.model).merge_and_unload().save_pretrained(folder)
 
 
 def _zero_state_dict(trainer: Trainer) -> dict[str, Tensor]:

@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_minitron.distill.collator import CausalLMCollator
-from hf_minitron.distill.compatibility import check_models
+from hf_minitron.distill.compatibility import backbone, check_models
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.kd_head import IGNORE_INDEX, KDOutput, fused_linear_kd
 from hf_minitron.distill.sharding import gathered, prepare_teacher, prepared_evaluation, whole
@@ -81,6 +82,9 @@ class DistillationTrainer(Trainer):
         self._loss_shifts_labels = True
         self.teacher_model = teacher_model
         self._wrapped_teacher = prepare_teacher(teacher_model, self.accelerator, args.device)
+        if args.torch_compile:
+            for each in (model, teacher_model):
+                backbone(each).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
         self._train_sums = self._new_sums()
         self._eval_sums = self._new_sums()
 
@@ -96,6 +100,10 @@ class DistillationTrainer(Trainer):
         if self.model_wrapped is self.model and not self.is_fsdp_enabled:
             self.model._is_accelerate_prepared = False
         return super().train(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """accelerate must not compile the whole model: its redirected forward is new in every step."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     @property
     def num_tokens_seen(self) -> int:
@@ -285,7 +293,7 @@ def _redirected_forward(module: nn.Module, forward: Callable[..., Tensor]) -> It
 
 def _last_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """The state that the head reads, [rows * length, hidden], by the backbone alone: no logits are made."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    return backbone(model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def _means(sums: Sequence[float]) -> dict[str, float]:
