@@ -121,5 +121,5 @@ def test_a_lora_student_is_saved_merged(tmp_path):
 def test_adapters_on_the_head_are_refused(tmp_path, where):
     options = {"target_modules": ["q_proj"]} | {where: ["lm_head"]}
     student = get_peft_model(tiny_llama(16, seed=1), LoraConfig(r=4, task_type="CAUSAL_LM", **options))
-    with pytest.raises(ValueError, match="head is a .* of peft"):
+    with pytest.raises(ValueError, match=r"head is a .* of peft"):
         train(tmp_path, student)

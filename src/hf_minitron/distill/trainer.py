@@ -8,6 +8,7 @@ its last hidden state.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -21,8 +22,10 @@ from transformers.trainer_callback import ExportableState
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.compatibility import backbone, check_models
 from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.failures import BatchWatch, advised_on_memory
 from hf_minitron.distill.kd_head import IGNORE_INDEX, KDOutput, fused_linear_kd
 from hf_minitron.distill.sharding import gathered, prepare_teacher, prepared_evaluation, whole
+from hf_minitron.distill.throughput import Throughput
 
 # Sums over tokens that training and evaluation report, in this order.
 SUM_NAMES = ("kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
@@ -36,8 +39,9 @@ class DistillationTrainer(Trainer):
     the number of processes. `teacher_model` is frozen, put in eval mode and moved to the device; it is never saved.
 
     Train logs add `kl` (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
-    `teacher_lm_loss` and `top1_agreement`, averaged over the targets since the last log, and `num_tokens_seen`, the
-    targets trained on so far. Evaluation reports the same over the whole set, and perplexities. All in nats.
+    `teacher_lm_loss` and `top1_agreement`, averaged over the targets since the last log, `num_tokens_seen`, the
+    targets trained on so far, `tokens_per_second` and, on known GPUs, `flop_utilisation`. Evaluation
+    reports averages and perplexities over the whole set. All in nats.
 
     Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
     """
@@ -85,6 +89,8 @@ class DistillationTrainer(Trainer):
         if args.torch_compile:
             for each in (model, teacher_model):
                 backbone(each).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self._batches = BatchWatch()
+        self._throughput = Throughput(model, teacher_model, args.device, self.accelerator.num_processes)
         self._train_sums = self._new_sums()
         self._eval_sums = self._new_sums()
 
@@ -99,6 +105,7 @@ class DistillationTrainer(Trainer):
             self.deepspeed, self.model_wrapped = None, self.model
         if self.model_wrapped is self.model and not self.is_fsdp_enabled:
             self.model._is_accelerate_prepared = False
+        self._throughput.restart()
         return super().train(*args, **kwargs)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
@@ -129,11 +136,19 @@ class DistillationTrainer(Trainer):
         else:
             loss = kd.loss * (self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1))
         if model.training:
-            self._train_sums += self._row_sums(kd, rows=1).sum(0)
+            sums = self._row_sums(kd, rows=1).sum(0)
+            self._batches.check(sums)
+            self._train_sums += sums
         if not return_outputs:
             return loss
         names = ("token_kl", "token_ce", "teacher_token_ce", "top1_agreement")
         return loss, {name: getattr(kd, name).view_as(inputs["input_ids"]) for name in names}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, with a message for running out of memory, and the batch's name for when its loss is NaN."""
+        self._batches.remember(inputs, self.state.global_step + 1)
+        with advised_on_memory(self.args):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(
         self,
@@ -161,9 +176,11 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The Trainer's loop, its mean of batch means replaced by means over all targets."""
         self._eval_sums = self._new_sums()
+        start = time.perf_counter()
         with prepared_evaluation(self):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means = _means(self._eval_sums.tolist())
+        self._throughput.leave_out(time.perf_counter() - start)
         means["loss"] = self.args.temperature**2 * means["kl"] + self.args.ce_weight * means["lm_loss"]
         means["perplexity"] = _perplexity(means["lm_loss"])
         means["teacher_perplexity"] = _perplexity(means["teacher_lm_loss"])
@@ -175,13 +192,14 @@ class DistillationTrainer(Trainer):
         if "loss" in logs or "train_loss" in logs:
             sums = self._reduced_train_sums()
             self._train_sums.zero_()
+            self._batches.forget()
             seen = self._tokens_seen()
             seen.at_last_log += int(sums[-1])
             seen.since_last_log = 0
             if "loss" in logs:
                 means = _means(sums)
                 del means["num_tokens"]
-                logs.update(means, num_tokens_seen=seen.at_last_log)
+                logs.update(means, num_tokens_seen=seen.at_last_log, **self._throughput.measures(int(sums[-1])))
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -252,8 +270,8 @@ class DistillationTrainer(Trainer):
             last = max((entry["step"] for entry in self.state.log_history if "loss" in entry), default=0)
             raise FloatingPointError(
                 f"The distillation loss became NaN or infinite between steps {last} and {self.state.global_step}: "
-                f"{dict(zip(SUM_NAMES, sums, strict=True))}. Lower learning_rate, set max_grad_norm, or resume from "
-                "the last checkpoint; with fp16, use bf16."
+                f"{dict(zip(SUM_NAMES, sums, strict=True))}. {self._batches.describe()}Lower learning_rate, set "
+                "max_grad_norm, or resume from the last checkpoint, which is from before; with fp16, use bf16."
             )
         return sums
 
