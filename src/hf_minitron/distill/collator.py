@@ -19,9 +19,14 @@ class CausalLMCollator:
     Rows are padded on the right. Padding is known by length, never by its token: a text's own EOS counts even where
     EOS is also the pad token. A row's `labels` are kept when it has them; otherwise its `input_ids` are the labels,
     and -100 at padding and where its `attention_mask` is 0. The Trainer's shift by one happens later.
+
+    With `document_end`, the id that closes every document, `position_ids` start at 0 again after each: transformers
+    then keeps attention within documents (sdpa, eager and flex attention; flash attention in batches of one row). It
+    does so only where no attention mask is passed, so that rows of unequal length are refused.
     """
 
     pad_token_id: int = 0
+    document_end: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         columns: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
@@ -35,7 +40,21 @@ class CausalLMCollator:
         }
         if bool(batch["attention_mask"].all()):
             del batch["attention_mask"]
+        if self.document_end is not None:
+            if "attention_mask" in batch:
+                raise ValueError(
+                    "The batch has padding, with which transformers lets attention cross documents. Pack rows to one "
+                    "length (data.pack_rows), or leave document_end out."
+                )
+            batch["position_ids"] = restarting_positions(batch["input_ids"], self.document_end)
         return batch
+
+
+def restarting_positions(input_ids: Tensor, document_end: int) -> Tensor:
+    """Positions of tokens in their documents, [rows, length]; `document_end` is the last token of one."""
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    is_first = nn.functional.pad(input_ids[:, :-1] == document_end, (1, 0), value=True)
+    return positions - positions.where(is_first, 0).cummax(dim=1).values
 
 
 def _row_tensors(index: int, row: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
