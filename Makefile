@@ -51,7 +51,7 @@ clean: ## Delete caches and build outputs; keeps .venv and every checkpoint
 
 .venv/.setup: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --no-deps torch -c constraints.txt $(addprefix --extra-index-url=,$(TORCH_INDEX_URL))
-	$(PIP) install -e ".[dev,evaluation,quantization]" -c constraints.txt
+	$(PIP) install -e ".[dev,deepspeed,evaluation,quantization]" -c constraints.txt
 	@touch $@
 
 .venv/.benchmark: .venv/.setup

@@ -85,3 +85,21 @@ def test_dtypes_are_read_by_name():
 def test_other_dtypes_are_refused(dtype):
     with pytest.raises(ValueError, match="weights are float32, bfloat16 or float16"):
         hardware.parse_dtype(dtype)
+
+
+@pytest.mark.parametrize(
+    ("name", "teraflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989),
+        ("NVIDIA H100 PCIe", 756),
+        ("NVIDIA GH200 480GB", 989),
+        ("NVIDIA A100-SXM4-80GB", 312),
+        ("NVIDIA L40S", 362),
+        ("NVIDIA L4", 121),
+        ("NVIDIA L40", None),
+        ("Tesla V100-SXM2-16GB", None),
+        ("", None),
+    ],
+)
+def test_peak_flops_of_known_gpus(name, teraflops):
+    assert hardware.peak_flops(name) == (None if teraflops is None else teraflops * 1e12)

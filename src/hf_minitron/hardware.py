@@ -29,6 +29,19 @@ PACKAGES = (
     "deepspeed",
     "lm_eval",
 )
+# Dense bf16 FLOP/s of GPUs as their makers state them, by a part of the name that the driver gives; the first match.
+PEAK_FLOPS = (
+    ("H100 PCIe", 756e12),
+    ("H100 NVL", 835e12),
+    ("H200 NVL", 835e12),
+    ("GH200", 989e12),
+    ("H200", 989e12),
+    ("H100", 989e12),
+    ("B200", 2250e12),
+    ("A100", 312e12),
+    ("L40S", 362e12),
+    ("L4", 121e12),
+)
 _PROBE_SIZE = 128  # of the square matrices that are timed; about 2 ms where bf16 is emulated
 
 
@@ -60,6 +73,11 @@ def describe_hardware() -> dict[str, Any]:
         facts["gpus"] = [{"name": gpu.name, "memory_gib": round(gpu.total_memory / 2**30, 1)} for gpu in gpus]
         facts["cuda"] = torch.version.cuda
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def peak_flops(gpu: str) -> float | None:
+    """Dense bf16 FLOP/s of a GPU by its name, such as "NVIDIA H100 80GB HBM3"; None if it is not in PEAK_FLOPS."""
+    return next((flops for part, flops in PEAK_FLOPS if re.search(rf"\b{part}\b", gpu)), None)
 
 
 def versions() -> dict[str, str]:

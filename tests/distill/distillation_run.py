@@ -1,20 +1,14 @@
-"""One distillation step of tiny models: `torchrun distillation_run.py OUTPUT ROWS ACCUMULATION`.
-
-Tied, untied, and untied from a cached teacher.
-
-Writes metrics, log and gradient as JSON to OUTPUT; ROWS are per process. Run by test_trainer_processes.py; the tests
-in this folder also use its functions.
-"""
+"""Tiny models and rows, and one distillation step of them under any engine, for the tests in this folder."""
 
 from __future__ import annotations
 
-import json
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM, TrainerCallback
 
 from hf_minitron.distill.cache_writer import CacheFormat, TeacherFacts, write_cache
@@ -46,13 +40,49 @@ def uneven_rows(count: int, seed: int = 0, vocab_size: int = 64) -> list[dict[st
 
 
 class GradientCapture(TrainerCallback):
-    """Keeps the gradient that the optimizer sees."""
+    """Keeps the gradient that the optimizer sees, gathered from wherever its parts are."""
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self.deepspeed_engine = getattr(self.trainer, "deepspeed", None)
+        if self.deepspeed_engine is not None:  # its optimizer steps inside accelerate's backward
+            from deepspeed.utils import safe_get_full_grad
+
+            step = self.deepspeed_engine.step
+
+            def captured_step(*args: Any, **kwargs: Any) -> Any:
+                self.keep({name: safe_get_full_grad(parameter) for name, parameter in model.named_parameters()})
+                return step(*args, **kwargs)
+
+            self.deepspeed_engine.step = captured_step
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.values = {name: parameter.grad.tolist() for name, parameter in model.named_parameters()}
+        if self.deepspeed_engine is None:
+            self.keep({name: parameter.grad for name, parameter in model.named_parameters()})
+
+    def keep(self, gradients: dict[str, Tensor]) -> None:
+        whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in gradients.items()}
+        self.values = {name: gradient.tolist() for name, gradient in whole.items()}
 
 
-def one_step(tied: bool, rows_per_device: int, accumulation: int, cache: Path | None = None) -> dict[str, Any]:
+def engine_options(engine: str) -> dict[str, Any]:
+    """What TrainingArguments need for "ddp" (or one process), "zero1" to "zero3" and "fsdp2"."""
+    if engine.startswith("zero"):
+        automatic = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+        config: dict[str, Any] = dict.fromkeys((*automatic, "gradient_clipping"), "auto")
+        config |= {"zero_optimization": {"stage": int(engine[-1])}, "zero_allow_untested_optimizer": True}
+        return {"deepspeed": config}
+    return {"fsdp": True, "fsdp_config": {"version": 2}} if engine == "fsdp2" else {}
+
+
+def sharding(model: nn.Module) -> str:
+    """Whether a model's parameters are "whole", or in parts, by DeepSpeed ("ds_id") or FSDP2 ("DTensor")."""
+    kinds = {"ds_id" if hasattr(p, "ds_id") else type(p).__name__ for p in model.parameters()}
+    return {"Parameter": "whole"}.get(kind := kinds.pop(), kind) if len(kinds) == 1 else str(kinds)
+
+
+def one_step(
+    tied: bool, rows_per_device: int, accumulation: int, engine: str = "ddp", cache: Path | None = None
+) -> dict[str, Any]:
     """Evaluates 7 rows, trains one step on 8, and returns metrics, the step's log and its whole gradient.
 
     With ``cache`` the teacher is cached in that folder first, and the student learns from there.
@@ -73,6 +103,7 @@ def one_step(tied: bool, rows_per_device: int, accumulation: int, cache: Path | 
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
+            **engine_options(engine),
         )
         student, teacher = tiny_llama(16, seed=1, tied=tied), tiny_llama(24, seed=2)
         if cache is not None:
@@ -87,24 +118,14 @@ def one_step(tied: bool, rows_per_device: int, accumulation: int, cache: Path | 
             eval_dataset=uneven_rows(7, seed=1),
             callbacks=[gradient],
         )
+        gradient.trainer = trainer
         metrics = trainer.evaluate()
         trainer.train()
     return {
         "processes": trainer.accelerator.num_processes,
-        "main": trainer.is_world_process_zero(),
+        "type": trainer.accelerator.distributed_type.value,
+        "sharding": {"student": sharding(student), "teacher": "cached" if cache else sharding(teacher)},
         "log": next(entry for entry in trainer.state.log_history if "loss" in entry),
         "metrics": metrics,
         "gradient": gradient.values,
     }
-
-
-def main(output: str, rows_per_device: int, accumulation: int) -> None:
-    torch.set_num_threads(1)
-    results = {head: one_step(head == "tied", rows_per_device, accumulation) for head in ("tied", "untied")}
-    results["cached"] = one_step(False, rows_per_device, accumulation, Path(output).with_name("cache"))
-    if results["tied"]["main"]:
-        Path(output).write_text(json.dumps(results))
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -22,10 +22,15 @@ class CausalLMCollator:
     and -100 at padding and where its `attention_mask` is 0. The Trainer's shift by one happens later.
 
     With ``row_keys`` the batch also has `row_keys`, int64 [rows, 2], by which a cached teacher finds the rows.
+
+    With `document_end`, the id that closes every document, `position_ids` start at 0 again after each: transformers
+    then keeps attention within documents (sdpa, eager and flex attention; flash attention in batches of one row). It
+    does so only where no attention mask is passed, so that rows of unequal length are refused.
     """
 
     pad_token_id: int = 0
     row_keys: bool = False
+    document_end: int | None = None
 
     def __call__(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, Tensor]:
         columns: dict[str, list[Tensor]] = {"input_ids": [], "labels": [], "attention_mask": []}
@@ -42,7 +47,21 @@ class CausalLMCollator:
         if self.row_keys:
             pairs = zip(columns["input_ids"], columns["attention_mask"], strict=True)
             batch["row_keys"] = keys_tensor([row_key(ids.numpy(), mask.numpy()) for ids, mask in pairs])
+        if self.document_end is not None:
+            if "attention_mask" in batch:
+                raise ValueError(
+                    "The batch has padding, with which transformers lets attention cross documents. Pack rows to one "
+                    "length (data.pack_rows), or leave document_end out."
+                )
+            batch["position_ids"] = restarting_positions(batch["input_ids"], self.document_end)
         return batch
+
+
+def restarting_positions(input_ids: Tensor, document_end: int) -> Tensor:
+    """Positions of tokens in their documents, [rows, length]; `document_end` is the last token of one."""
+    positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+    is_first = nn.functional.pad(input_ids[:, :-1] == document_end, (1, 0), value=True)
+    return positions - positions.where(is_first, 0).cummax(dim=1).values
 
 
 def _row_tensors(index: int, row: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:

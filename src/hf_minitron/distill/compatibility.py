@@ -1,9 +1,10 @@
-"""Whether a student can be trained on a teacher's distribution; checked before any work."""
+"""Whether a student can be trained on a teacher's distribution, checked before any work; and where its backbone is."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_minitron.architectures import get_logit_transform
@@ -36,6 +37,11 @@ def head_facts(role: str, model: PreTrainedModel) -> HeadFacts:
     head = model.get_output_embeddings()
     if head is None:
         raise ValueError(f"The {role}, {type(model).__name__}, has no language-model head: use a causal one.")
+    if hasattr(head, "base_layer") or hasattr(head, "modules_to_save"):
+        raise ValueError(
+            f"The {role}'s head is a {type(head).__name__} of peft: the loss reads the head's own weight and would "
+            "miss what is added to it. Leave the head out of target_modules and modules_to_save."
+        )
     return HeadFacts(head.weight.shape[0], model.config)
 
 
@@ -54,3 +60,9 @@ def check_heads(student: HeadFacts, teacher: HeadFacts, vocab_limit: int | None)
         )
     if vocab_limit is not None and vocab_limit > smaller:
         raise ValueError(f"vocab_limit={vocab_limit} is more than the {smaller} entries that both models have.")
+
+
+def backbone(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal model whose last hidden state the head reads; of a PeftModel, with its adapters."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return inner.base_model

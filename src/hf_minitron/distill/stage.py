@@ -22,7 +22,9 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_minitron.checkpoint import Checkpoint, check_output_dir, copy_companions, write_tensors
 from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, load_text, pack_rows
+from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.sharding import save_whole
 from hf_minitron.distill.teacher import check_quantization, load_model
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trainer import DistillationTrainer
@@ -68,6 +70,13 @@ class DistillArguments:
     )
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens per packed row (default: what the student takes, at most 4096)."}
+    )
+    isolate_documents: bool = field(
+        default=False,
+        metadata={
+            "help": "Restart positions after every document of a packed row and keep attention within documents, in "
+            "student and teacher. Off by default, as the papers do not say and no gain was measured."
+        },
     )
     max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many packed rows for training."})
     max_eval_rows: int = field(default=256, metadata={"help": "Use at most so many packed rows for evaluation."})
@@ -153,13 +162,16 @@ def distill_checkpoint(
     if resume is None:
         _empty(output_dir)
     train, held_out = inputs.train, inputs.held_out
+    tokenizer = AutoTokenizer.from_pretrained(student.folder)
+    student_model = _load(student, torch.float32, arguments.trust_remote_code)
     trainer = DistillationTrainer(
-        model=_load(student, torch.float32, arguments.trust_remote_code),
+        model=student_model,
         teacher_model=inputs.teacher_model,
         args=config,
         train_dataset=train.dataset,
         eval_dataset=held_out.dataset if held_out else None,
-        processing_class=AutoTokenizer.from_pretrained(student.folder),
+        processing_class=tokenizer,
+        data_collator=_isolating_collator(tokenizer, config, student_model) if arguments.isolate_documents else None,
     )
     before = _metrics(trainer.evaluate()) if held_out and resume is None else {}
     seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
@@ -197,6 +209,11 @@ def load_inputs(
 def open_teacher(arguments: Any, device: torch.device) -> tuple[Checkpoint | CachedTeacher, tuple[Any, ...]]:
     """The teacher that the options name, or its cache, and in which dtype, bits and where its model is to be loaded."""
     cache = getattr(arguments, "teacher_cache", None)
+    if cache is not None and getattr(arguments, "isolate_documents", False):
+        raise ValueError(
+            "isolate_documents changes what a teacher says of packed rows, and caches hold what it said without. "
+            "Give --teacher-model, or leave isolate_documents out."
+        )
     if (arguments.teacher_model is None) == (cache is None):
         raise ValueError(
             f"teacher_model={arguments.teacher_model}, teacher_cache={cache}: the student learns from one of the two. "
@@ -219,7 +236,7 @@ def save_student(trainer: DistillationTrainer, source: Checkpoint, output_dir: P
     A folder with ``minitron.json`` is therefore complete. Every process must call this: sharded weights are gathered.
     """
     gathered, whole = output_dir / ".gathered.tmp", output_dir / ".student.tmp"
-    trainer.save_model(str(gathered))
+    save_whole(trainer, str(gathered))
     if trainer.is_world_process_zero():
         shutil.rmtree(whole, ignore_errors=True)
         whole.mkdir(parents=True)
@@ -378,6 +395,24 @@ def _load(
 ) -> PreTrainedModel:
     how = {"quantization": quantization, "device_map": device_map, "trust_remote_code": trust_remote_code}
     return load_model(source, dtype, **how)
+
+
+def _isolating_collator(
+    tokenizer: PreTrainedTokenizerBase, config: DistillationConfig, student: PreTrainedModel
+) -> CausalLMCollator:
+    """Rows whose documents do not see each other; refuses where they still would."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "isolate_documents: the tokenizer has no eos token, so packed documents have no end. Leave it out."
+        )
+    rows = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
+    if "flash" in str(student.config._attn_implementation) and rows > 1:
+        raise ValueError(
+            f"isolate_documents with {student.config._attn_implementation} and {rows} rows per device: transformers "
+            "isolates documents there in batches of one row only. Set per_device_train_batch_size and "
+            "per_device_eval_batch_size to 1 and raise gradient_accumulation_steps, or use sdpa."
+        )
+    return CausalLMCollator(tokenizer.eos_token_id, document_end=tokenizer.eos_token_id)
 
 
 def _metrics(metrics: dict[str, float]) -> dict[str, float]:

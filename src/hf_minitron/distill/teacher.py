@@ -6,15 +6,19 @@ A live teacher runs on the batch; a cached one (teacher_cache.py) reads what it 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from hf_minitron.architectures import LogitTransform, get_logit_transform
 from hf_minitron.checkpoint import Checkpoint, check_finite
+from hf_minitron.distill.compatibility import backbone
+from hf_minitron.distill.sharding import gathered, prepare_teacher, redirected_forward
 
 Quantization = Literal["8bit", "4bit"]
 
@@ -57,6 +61,9 @@ class Teacher(Protocol):
     def targets(self, inputs: Mapping[str, Tensor], row_keys: Tensor | None) -> HeadTargets | TopKTargets:
         """About every position of a batch, padding included, flat: rows * length tokens."""
 
+    def gathered(self, targets: HeadTargets | TopKTargets) -> AbstractContextManager[HeadTargets | TopKTargets]:
+        """The targets with a whole head, as long as the block runs."""
+
 
 class LiveTeacher:
     """A model that runs on every batch: frozen, in eval mode, on ``device`` unless it is spread over several."""
@@ -64,30 +71,39 @@ class LiveTeacher:
     needs_row_keys = False
     knows_labels = True
 
-    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+    def __init__(self, model: PreTrainedModel, device: torch.device, accelerator: Accelerator | None = None) -> None:
         if model.get_output_embeddings().weight.is_meta:
             raise ValueError(
                 "The device map offloads the teacher's head, which every step reads: give it a device, "
                 'such as device_map={"lm_head": 0, ...}.'
             )
-        self.device = device
-        self.model = model.eval().requires_grad_(False)
-        if getattr(model, "hf_device_map", None) is None:
-            self.model = model.to(device)
+        self.device, self.model = device, model
+        self._wrapped = prepare_teacher(model, accelerator, device)
 
     @torch.no_grad()
     def targets(self, inputs: Mapping[str, Tensor], row_keys: Tensor | None = None) -> HeadTargets:
         """Runs the backbone; no logits are made."""
         head = self.model.get_output_embeddings()
         bias = getattr(head, "bias", None)
-        hidden = last_hidden(self.model, inputs).to(self.device)
+
+        def forward(**inputs: Tensor) -> Tensor:
+            return last_hidden(self.model, inputs)
+
+        with redirected_forward(self.model, forward):  # through its wrapper, which gathers sharded layers one by one
+            hidden = self._wrapped(**inputs).to(self.device)
         bias = None if bias is None else bias.to(self.device)
-        return HeadTargets(hidden, head.weight.to(self.device), bias, get_logit_transform(self.model.config))
+        return HeadTargets(hidden, head.weight, bias, get_logit_transform(self.model.config))
+
+    @contextmanager
+    def gathered(self, targets: HeadTargets) -> Iterator[HeadTargets]:
+        """The same with the whole of the head, if that is sharded, as long as the block runs."""
+        with gathered(self.model.get_output_embeddings()) as weight:
+            yield targets._replace(weight=weight.to(self.device))
 
 
 def last_hidden(model: PreTrainedModel, inputs: Mapping[str, Tensor]) -> Tensor:
     """The state that the head reads, [rows * length, hidden], by the backbone alone: no logits are made."""
-    return model.base_model(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
+    return backbone(model)(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)
 
 
 def load_model(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -107,6 +108,10 @@ class CachedTeacher:
             transform = get_logit_transform(self._config)
             return HeadTargets(tensors["hidden"], self._head["weight"], self._head.get("bias"), transform)
         return TopKTargets(tensors["token_ids"], tensors["log_probs"], tensors["tail_mass"], self.vocab_size)
+
+    def gathered(self, targets: HeadTargets | TopKTargets) -> nullcontext[HeadTargets | TopKTargets]:
+        """The targets as they are: a cached head is always whole."""
+        return nullcontext(targets)
 
     def find(self, keys: np.ndarray) -> np.ndarray:
         """Positions [rows] of keys, int64 [rows, 2]; -1 for those that are not here."""

@@ -8,23 +8,27 @@ leaves only its last hidden state.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_minitron.architectures import get_logit_transform
 from hf_minitron.distill.collator import CausalLMCollator
-from hf_minitron.distill.compatibility import check_models
+from hf_minitron.distill.compatibility import backbone, check_models
 from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.failures import BatchWatch, advised_on_memory
 from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
+from hf_minitron.distill.sharding import prepared_evaluation, redirected_forward, whole
 from hf_minitron.distill.teacher import HeadTargets, LiveTeacher, Teacher, TopKTargets, last_hidden
 from hf_minitron.distill.teacher_cache import CachedTeacher
+from hf_minitron.distill.throughput import Throughput
 from hf_minitron.distill.top_k_head import fused_linear_topk_kd
 
 # Sums over tokens that training and evaluation report, in this order.
@@ -41,10 +45,10 @@ class DistillationTrainer(Trainer):
 
     `loss` is what is minimised. Train logs add `kl`, which is KL(teacher || student) whatever the divergence, so that
     runs compare (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
-    `teacher_lm_loss` and `top1_agreement`, averaged over the targets since the last log, and `num_tokens_seen`, the
-    targets trained on so far. Evaluation reports the same over the whole set, and perplexities. All in nats, but for
-    the loss where it compares logits. With a top-k cache `kl` is that over the kept tokens and the rest, and the
-    teacher's own loss is not known.
+    `teacher_lm_loss` and `top1_agreement`, averaged over the targets since the last log, `num_tokens_seen`, the targets
+    trained on so far, `tokens_per_second` and, on known GPUs, `flop_utilisation`. Evaluation reports averages and
+    perplexities over the whole set. All in nats, but for the loss where it compares logits. With a top-k cache `kl` is
+    that over the kept tokens and the rest, and the teacher's own loss is not known.
 
     Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
     """
@@ -92,7 +96,15 @@ class DistillationTrainer(Trainer):
         self.loss_is_scaled_for_ga = True
         self._loss_shifts_labels = True
         self.teacher_model = teacher_model
-        self.teacher: Teacher = teacher_model.to(args.device) if cached else LiveTeacher(teacher_model, args.device)
+        self.teacher: Teacher = (
+            teacher_model.to(args.device) if cached else LiveTeacher(teacher_model, args.device, self.accelerator)
+        )
+        if args.torch_compile:
+            for each in (model,) if cached else (model, teacher_model):
+                backbone(each).compile(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
+        self._batches = BatchWatch()
+        running = None if cached else teacher_model
+        self._throughput = Throughput(model, running, args.device, self.accelerator.num_processes)
         if cached:
             teacher_model.check_rows(train_dataset, "train_dataset")
             teacher_model.check_rows(eval_dataset, "eval_dataset")
@@ -102,12 +114,20 @@ class DistillationTrainer(Trainer):
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, also right after an `evaluate`.
 
-        An evaluation before training marks the bare model as prepared, so that accelerate would not wrap it in DDP
-        and every process would silently train alone (transformers 5.23, accelerate 1.15).
+        An evaluation before training leaves the model prepared without an optimizer (transformers 5.23, accelerate
+        1.15): not wrapped in DDP, so that every process would silently train alone, or in a DeepSpeed engine that
+        cannot train. That is undone here.
         """
-        if self.model_wrapped is self.model and not (self.is_fsdp_enabled or self.is_deepspeed_enabled):
+        if self.is_deepspeed_enabled:
+            self.deepspeed, self.model_wrapped = None, self.model
+        if self.model_wrapped is self.model and not self.is_fsdp_enabled:
             self.model._is_accelerate_prepared = False
+        self._throughput.restart()
         return super().train(*args, **kwargs)
+
+    def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
+        """accelerate must not compile the whole model: its redirected forward is new in every step."""
+        return super()._build_accelerator_args(**kwargs) | {"dynamo_plugin": TorchDynamoPlugin(backend="no")}
 
     @property
     def num_tokens_seen(self) -> int:
@@ -133,12 +153,20 @@ class DistillationTrainer(Trainer):
         else:
             loss = kd.loss * (self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1))
         if model.training:
-            self._train_sums += self._row_sums(kd, rows=1).sum(0)
+            sums = self._row_sums(kd, rows=1).sum(0)
+            self._batches.check(sums)
+            self._train_sums += sums
         if not return_outputs:
             return loss
         names = ("token_kl", "token_ce", "teacher_token_ce", "top1_agreement")
         found = {name: getattr(kd, name) for name in names}
         return loss, {name: value.view_as(inputs["input_ids"]) for name, value in found.items() if value is not None}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """The Trainer's, with a message for running out of memory, and the batch's name for when its loss is NaN."""
+        self._batches.remember(inputs, self.state.global_step + 1)
+        with advised_on_memory(self.args):
+            return super().training_step(model, inputs, *args, **kwargs)
 
     def prediction_step(
         self,
@@ -166,8 +194,11 @@ class DistillationTrainer(Trainer):
     ) -> Any:
         """The Trainer's loop, its mean of batch means replaced by means over all targets."""
         self._eval_sums = self._new_sums()
-        output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        start = time.perf_counter()
+        with prepared_evaluation(self):
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
         means = self._means(self._eval_sums.tolist())
+        self._throughput.leave_out(time.perf_counter() - start)
         means["perplexity"] = _perplexity(means["lm_loss"])
         if "teacher_lm_loss" in means:
             means["teacher_perplexity"] = _perplexity(means["teacher_lm_loss"])
@@ -179,13 +210,14 @@ class DistillationTrainer(Trainer):
         if "loss" in logs or "train_loss" in logs:
             sums = self._reduced_train_sums()
             self._train_sums.zero_()
+            self._batches.forget()
             seen = self._tokens_seen()
             seen.at_last_log += int(sums[-1])
             seen.since_last_log = 0
             if "loss" in logs:
                 means = self._means(sums)
                 del means["num_tokens"], means["loss"]  # the Trainer has a loss of its own
-                logs.update(means, num_tokens_seen=seen.at_last_log)
+                logs.update(means, num_tokens_seen=seen.at_last_log, **self._throughput.measures(int(sums[-1])))
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -212,7 +244,7 @@ class DistillationTrainer(Trainer):
             results.append(kd)
             return kd.loss
 
-        with _redirected_forward(student, forward):
+        with self.teacher.gathered(targets) as targets, redirected_forward(student, forward):
             loss = model(**inputs)
         kd = results.pop()
         kd.loss = loss
@@ -234,10 +266,10 @@ class DistillationTrainer(Trainer):
         }
         if isinstance(targets, TopKTargets):
             *kept, vocab_size = targets
-            return fused_linear_topk_kd(hidden, head.weight, *kept, vocab_limit=vocab_size, **options)
+            return fused_linear_topk_kd(hidden, whole(head.weight), *kept, vocab_limit=vocab_size, **options)
         return fused_linear_kd(
             hidden,
-            head.weight,
+            whole(head.weight),
             targets.hidden,
             targets.weight,
             teacher_bias=targets.bias,
@@ -267,8 +299,8 @@ class DistillationTrainer(Trainer):
             last = max((entry["step"] for entry in self.state.log_history if "loss" in entry), default=0)
             raise FloatingPointError(
                 f"The distillation loss became NaN or infinite between steps {last} and {self.state.global_step}: "
-                f"{dict(zip(SUM_NAMES, sums, strict=True))}. Lower learning_rate, set max_grad_norm, or resume from "
-                "the last checkpoint; with fp16, use bf16."
+                f"{dict(zip(SUM_NAMES, sums, strict=True))}. {self._batches.describe()}Lower learning_rate, set "
+                "max_grad_norm, or resume from the last checkpoint, which is from before; with fp16, use bf16."
             )
         return sums
 
@@ -299,20 +331,6 @@ class _TokensSeen(TrainerCallback, ExportableState):
         stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
         self.at_last_log = stored["attributes"]["at_last_log"] if stored else 0
         self.since_last_log = 0
-
-
-@contextmanager
-def _redirected_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
-    """Lets `module` run `forward` while called through its wrapper, whose hooks (DDP, DeepSpeed, FSDP) still run."""
-    own = module.__dict__.get("forward")  # accelerate sets one for mixed precision
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if own is None:
-            del module.forward
-        else:
-            module.forward = own
 
 
 def _perplexity(loss: float) -> float:

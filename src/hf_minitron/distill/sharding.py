@@ -1,0 +1,165 @@
+"""Teachers and heads under DeepSpeed and FSDP: sharded like the student, and read without gathering whole models."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel, Trainer
+
+
+def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator | None, device: torch.device) -> nn.Module:
+    """Puts a frozen teacher where it is called: sharded as the student will be, else whole on this process's device.
+
+    Under ZeRO-3 and FSDP every process holds a part of it, and gathers one layer at a time while it runs. ZeRO-1 and 2
+    shard gradients and optimizer states, of which a teacher has none. One that is spread by ``device_map`` stays there.
+    """
+    teacher.eval().requires_grad_(False)
+    if getattr(teacher, "hf_device_map", None) is not None:
+        return teacher
+    if accelerator is None:
+        return teacher.to(device)
+    if _zero_stage(accelerator) == 3:
+        from trl.models.utils import prepare_deepspeed
+
+        return prepare_deepspeed(teacher, accelerator)
+    if accelerator.distributed_type == "FSDP":
+        return _prepare_fsdp(teacher, accelerator)
+    return teacher.to(device)
+
+
+@contextmanager
+def prepared_evaluation(trainer: Trainer) -> Iterator[None]:
+    """Lets a student be evaluated before it was trained, where transformers 5.23 and accelerate 1.15 refuse to.
+
+    FSDP2 wants an optimizer beside the model, which there is none of yet: the student is sharded without. DeepSpeed
+    evaluates under ZeRO-3 only: under the others every process holds a whole student, which runs as it is.
+    """
+    accelerator = trainer.accelerator
+    if accelerator.is_fsdp2:
+        if not accelerator._models:
+            trainer.model = trainer.model_wrapped = _prepare_fsdp(trainer.model, accelerator)
+            accelerator._models.append(trainer.model)
+        yield
+        # accelerate keeps the head gathered for a backward pass: an optimizer built now would take it for whole.
+        for module in trainer.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    elif trainer.is_deepspeed_enabled and trainer.deepspeed is None and _zero_stage(accelerator) != 3:
+        dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(accelerator.mixed_precision)
+        trainer.deepspeed = trainer.model.to(trainer.args.device)
+        accelerator._models.append(trainer.model)
+        try:
+            with torch.autocast(trainer.args.device.type, dtype, enabled=dtype is not None):
+                yield
+        finally:
+            trainer.deepspeed = None
+            accelerator._models.pop()
+    else:
+        yield
+
+
+def save_whole(trainer: Trainer, folder: str) -> None:
+    """Like `Trainer.save_model` after training, but always whole weights, and DeepSpeed's in fp32 where it trains so.
+
+    Every process must call it; the first one holds the student once more, in its main memory. Settings by which
+    checkpoints stay in parts (`zero3_save_16bit_model: false`, `SHARDED_STATE_DICT`) do not matter. Adapters of a
+    PeftModel are merged into the weights, so that plain transformers loads what was trained.
+    """
+    if isinstance(trainer.model, PeftModel):
+        _save_merged(trainer, folder)
+        return
+    if trainer.is_deepspeed_enabled:
+        state = _zero_state_dict(trainer)
+    elif trainer.accelerator.is_fsdp2:
+        state = trainer.accelerator.get_state_dict(trainer.model)
+    else:
+        trainer.save_model(folder)
+        return
+    names: dict[int, str] = {}
+    for name, parameter in trainer.model.named_parameters(remove_duplicate=False):
+        first = names.setdefault(id(parameter), name)
+        if name in state:  # gathering made copies of tied weights, which would be written twice
+            state[name] = state[first]
+    trainer._save(folder, state_dict=state)
+
+
+@contextmanager
+def gathered(head: nn.Module) -> Iterator[Tensor]:
+    """The whole weight of a frozen, perhaps sharded head, as long as the block runs."""
+    if hasattr(head.weight, "ds_id"):  # ZeRO-3 leaves an empty tensor where a parameter is not gathered
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([head.weight]):
+            yield head.weight
+        return
+    yield whole(head.weight)
+    if isinstance(head, FSDPModule):  # accelerate keeps heads gathered for a backward pass, which no teacher has
+        head.reshard()
+
+
+@contextmanager
+def redirected_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """Lets `module` run `forward` while called through its wrapper, whose hooks (DDP, DeepSpeed, FSDP) still run."""
+    own = module.__dict__.get("forward")  # accelerate sets one for mixed precision
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if own is None:
+            del module.forward
+        else:
+            module.forward = own
+
+
+def whole(weight: Tensor) -> Tensor:
+    """A weight as one plain tensor; gradients flow back to the shards of FSDP2."""
+    return weight.full_tensor() if isinstance(weight, DTensor) else weight
+
+
+def _save_merged(trainer: Trainer, folder: str) -> None:
+    if _zero_stage(trainer.accelerator) == 3 or trainer.accelerator.distributed_type == "FSDP":
+        raise ValueError(
+            "The student is a PeftModel in parts, whose adapters are merged on one process only. Save them with "
+            "trainer.save_model, and merge them afterwards (peft: merge_and_unload); or train with DDP."
+        )
+    if trainer.is_world_process_zero():
+        copy.deepcopy(trainer.model).merge_and_unload().save_pretrained(folder)
+
+
+def _zero_state_dict(trainer: Trainer) -> dict[str, Tensor]:
+    """The optimizer's weights, gathered one by one; frozen weights and buffers are those of the model."""
+    import deepspeed
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    parameters = dict(trainer.model.named_parameters(remove_duplicate=False))
+    state = {name: buffer for name, buffer in trainer.model.state_dict().items() if name not in parameters}
+    for name, parameter in parameters.items():
+        exact = safe_get_full_fp32_param(parameter) if parameter.requires_grad else None
+        with deepspeed.zero.GatheredParameters([parameter], enabled=exact is None and hasattr(parameter, "ds_id")):
+            if trainer.is_world_process_zero():
+                state[name] = (parameter if exact is None else exact).detach().to("cpu", copy=True)
+    return state
+
+
+def _zero_stage(accelerator: Accelerator) -> int | None:
+    """None without DeepSpeed."""
+    return accelerator.state.deepspeed_plugin.zero_stage if accelerator.distributed_type == "DEEPSPEED" else None
+
+
+def _prepare_fsdp(teacher: PreTrainedModel, accelerator: Accelerator) -> nn.Module:
+    """By accelerate's own wrapping for version 2, layer by layer; TRL's for version 1."""
+    if accelerator.is_fsdp2:
+        from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+        return fsdp2_prepare_model(accelerator, teacher)
+    from trl.models.utils import prepare_fsdp
+
+    return prepare_fsdp(teacher, accelerator)

@@ -1,0 +1,177 @@
+"""Two processes (gloo) per job, forked from one that has imported everything: `two_processes.py FOLDER TEXT...`.
+
+Run by test_trainer_processes.py and test_stage_processes.py, whose jobs are the functions below. Rank 0 writes what a
+job returns to FOLDER/JOB.json; all output goes to FOLDER/JOB.log.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import runpy
+import signal
+import socket
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401  imported here once, not in every fork
+import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+
+from hf_minitron import cli
+from hf_minitron.distill.trainer import DistillationTrainer
+
+ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
+# Settings under which the engines' own checkpoints hold no whole weights.
+IN_PARTS = {
+    "zero3": ("--mixed_precision=bf16", "--zero3_save_16bit_model=false"),
+    "fsdp2": ("--mixed_precision=bf16", "--fsdp_state_dict_type=SHARDED_STATE_DICT"),
+}
+RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
+helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
+
+
+def main(kind: str, folder: Path, words: list[str]) -> None:
+    """Runs the jobs of one test file and exits with the number of those that failed."""
+    torch.set_num_threads(1)
+    jobs = {"steps": step_jobs, "stages": stage_jobs}[kind](folder, words)
+    failed = [name for name, (expected, function, arguments) in jobs.items()
+              if run_job(folder / name, function, arguments) != expected]  # fmt: skip
+    for name in failed:
+        sys.stderr.write(f"--- {name}\n{(folder / name).with_suffix('.log').read_text()[-6000:]}\n")
+    sys.exit(len(failed))
+
+
+def run_job(output: Path, function: Any, arguments: tuple) -> int:
+    """Forks two ranks and waits; returns how the worse of them ended, as a shell would say it."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [pid for rank in (0, 1) if (pid := _fork(rank, port, output, function, arguments))]
+    return max(abs(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])) for pid in children)
+
+
+def _fork(rank: int, port: int, output: Path, function: Any, arguments: tuple) -> int:
+    if pid := os.fork():
+        return pid
+    status = 1
+    try:
+        log = os.open(output.with_suffix(".log"), os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(log, 1)
+        os.dup2(log, 2)
+        os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "CROSS_SIZE": "1", "CROSS_RANK": "0"}
+        result = function(*arguments)
+        if rank == 0:
+            output.with_suffix(".json").write_text(json.dumps(result))
+        status = 0
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)
+
+
+# --- one step of every engine
+
+
+def step_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
+    return {engine: (0, all_steps, (engine, folder / "cache")) for engine in ENGINES}
+
+
+def all_steps(engine: str, cache: Path) -> dict[str, Any]:
+    """Every head and accumulation, under `head-accumulation`; with DDP also from a cached teacher."""
+    results = {}
+    cached = [("cached", 4)] if engine == "ddp" else []
+    for head, accumulation in [("tied", 1), ("tied", 4), ("untied", 1), ("untied", 4), *cached]:
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
+        with fsdp_on_cpus(engine == "fsdp2"):
+            results[f"{head}-{accumulation}"] = helpers["one_step"](
+                head == "tied", 4 // accumulation, accumulation, engine, cache if head == "cached" else None
+            )
+    return results
+
+
+@contextmanager
+def fsdp_on_cpus(wanted: bool = True) -> Iterator[None]:
+    """accelerate keeps FSDP for GPUs and falls back to DDP on CPUs, where PyTorch's works too: this takes that back.
+
+    All the rest is accelerate's and the Trainer's own code.
+    """
+    init = AcceleratorState.__init__
+
+    def state_with_fsdp(self: AcceleratorState, *args: Any, fsdp_plugin: Any = None, **kwargs: Any) -> None:
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:  # later calls read the shared state
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = state_with_fsdp if wanted else init
+    try:
+        yield
+    finally:
+        AcceleratorState.__init__ = init
+
+
+# --- `hf-minitron distill`, killed and resumed
+
+
+def stage_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
+    """Every engine is killed in its fifth step and goes on; two run again with checkpoints in parts."""
+    jobs = {}
+    for engine in ENGINES:
+        resumed = [*words, "--resume-from-checkpoint=true"]
+        jobs[f"{engine}-killed"] = (signal.SIGKILL, distill, (engine, folder / engine, words, [], 4))
+        jobs[f"{engine}-resumed"] = (0, distill, (engine, folder / engine, resumed))
+    for engine, options in IN_PARTS.items():
+        jobs[f"{engine}-parts"] = (0, distill, (engine, folder / f"{engine}-parts", [*words, "--bf16=true"], options))
+    return jobs
+
+
+def distill(
+    engine: str, output_dir: Path, words: list[str], options: Sequence[str] = (), killed_at: int | None = None
+) -> dict[str, Any]:
+    """The command line under one engine's file of recipes/accelerate; with `killed_at`, kill -9 in that step."""
+    if engine != "ddp":
+        os.environ |= launch_environment(engine, options)
+    if killed_at is not None:
+        step = DistillationTrainer.training_step
+
+        def killed_step(self: DistillationTrainer, *args: Any, **kwargs: Any) -> Any:
+            if self.state.global_step == killed_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return step(self, *args, **kwargs)
+
+        DistillationTrainer.training_step = killed_step
+    with fsdp_on_cpus(engine == "fsdp2"):
+        status = cli.main(["distill", *words, "--output-dir", str(output_dir)])
+    assert status == 0, status
+    state = AcceleratorState()
+    stage = state.deepspeed_plugin.zero_stage if engine.startswith("zero") else None
+    return {"type": state.distributed_type.value, "stage": stage}
+
+
+def launch_environment(engine: str, options: Sequence[str]) -> dict[str, str]:
+    """What `accelerate launch` sets for the file of an engine; fewer processes, no mixed precision unless asked for."""
+    file = RECIPES / ("eight_gpus_fsdp2.yaml" if engine == "fsdp2" else "eight_gpus_zero3.yaml")
+    words = ["--config_file", str(file), "--num_processes", "2", "--mixed_precision", "no"]
+    words += ["--zero_stage", engine[-1]] if engine.startswith("zero") else []
+    args, defaults, _ = _validate_launch_command(launch_command_parser().parse_args([*words, *options, "script.py"]))
+    args.deepspeed_fields_from_accelerate_config = ",".join(defaults.deepspeed_config)
+    prepare = prepare_deepspeed_cmd_env if engine.startswith("zero") else prepare_multi_gpu_env
+    made = prepare(args)
+    names = ("ACCELERATE_", "FSDP_", "PARALLELISM_")
+    environment = made[1] if isinstance(made, tuple) else made
+    return {name: value for name, value in environment.items() if name.startswith(names)}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3:])
