@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
+from hf_minitron.distill.inputs import DistillArguments
+from hf_minitron.distill.stage import distill_checkpoint
 from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput
 from hf_minitron.prune.preview import ModelArguments
 from hf_minitron.prune.stage import prune_checkpoint

@@ -26,7 +26,8 @@ from transformers.utils import logging as transformers_logging
 
 from hf_minitron.data import load_text
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.stage import DistillArguments, DistillReport, distill_checkpoint
+from hf_minitron.distill.inputs import DistillArguments
+from hf_minitron.distill.stage import DistillReport, distill_checkpoint
 from hf_minitron.evaluate.perplexity import PerplexityResult, evaluate_perplexity
 from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput, ScoreOutput
 from hf_minitron.prune.importance import ImportanceScores

@@ -189,7 +189,7 @@ COMMANDS = {
     "distill": Command(
         "Train the pruned model on its teacher's logits.",
         "student_model",
-        ("distill.stage.DistillArguments", "distill.config.DistillationConfig"),
+        ("distill.inputs.DistillArguments", "distill.config.DistillationConfig"),
         "distill.stage.distill_checkpoint",
         reports.report_distill,
         "add --resume-from-checkpoint true to go on from the last checkpoint-* folder, if there is one",

@@ -43,7 +43,7 @@ class GradientCapture(TrainerCallback):
     """Keeps the gradient that the optimizer sees, gathered from wherever its parts are."""
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        self.deepspeed_engine = getattr(self.trainer, "deepspeed", None)
+        self.deepspeed_engine = getattr(getattr(self, "trainer", None), "deepspeed", None)
         if self.deepspeed_engine is not None:  # its optimizer steps inside accelerate's backward
             from deepspeed.utils import safe_get_full_grad
 

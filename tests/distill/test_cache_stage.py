@@ -21,7 +21,8 @@ from transformers import AutoTokenizer
 from hf_minitron import cli
 from hf_minitron.distill.cache_stage import CacheTeacherArguments, cache_teacher
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
+from hf_minitron.distill.inputs import DistillArguments
+from hf_minitron.distill.stage import distill_checkpoint
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.prune.pruner import PrunerForCausalLM
 from hf_minitron.prune.target import PruneConfig

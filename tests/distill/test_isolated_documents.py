@@ -11,7 +11,8 @@ import torch
 
 from hf_minitron.distill.collator import CausalLMCollator, restarting_positions
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
+from hf_minitron.distill.inputs import DistillArguments
+from hf_minitron.distill.stage import distill_checkpoint
 
 tiny_llama = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))["tiny_llama"]
 END = 63

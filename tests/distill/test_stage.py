@@ -10,9 +10,11 @@ from accelerate import PartialState
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hf_minitron.distill import inputs as inputs_module
 from hf_minitron.distill import stage
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.stage import DistillArguments, distill_checkpoint, load_inputs
+from hf_minitron.distill.inputs import DistillArguments, load_inputs
+from hf_minitron.distill.stage import distill_checkpoint
 from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput
 from hf_minitron.prune.preview import ModelArguments
 from hf_minitron.prune.stage import prune_checkpoint
@@ -135,8 +137,11 @@ def test_bad_input_is_refused_before_any_training(tmp_path, arguments, tiny_text
 
 def test_students_that_share_inputs_train_as_if_alone(tmp_path, arguments, monkeypatch):
     alone = distill_checkpoint(arguments(), settings(tmp_path / "alone"))
-    loaded, load = [], stage._load
-    monkeypatch.setattr(stage, "_load", lambda source, *rest: loaded.append(source.folder) or load(source, *rest))
+    loaded, load = [], inputs_module.load_checked
+    for module in (stage, inputs_module):
+        monkeypatch.setattr(
+            module, "load_checked", lambda source, *rest: loaded.append(source.folder) or load(source, *rest)
+        )
     inputs = load_inputs(arguments(), settings(tmp_path / "first"))
     assert loaded == []  # the teacher comes when it is needed
     reports = [distill_checkpoint(arguments(), settings(tmp_path / name), inputs) for name in ("first", "second")]

@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.stage import DistillArguments, distill_checkpoint
+from hf_minitron.distill.inputs import DistillArguments
+from hf_minitron.distill.stage import distill_checkpoint
 
 pytest.importorskip("deepspeed")
 FOLDER = Path(__file__).parent

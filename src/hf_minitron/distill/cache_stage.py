@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from hf_minitron.data import check_row_length
 from hf_minitron.distill.cache_writer import CacheFormat, TeacherFacts, processes, write_cache
 from hf_minitron.distill.fingerprints import hash_tokenizer
-from hf_minitron.distill.stage import DistillArguments, held_out_rows, open_teacher, read_rows
+from hf_minitron.distill.inputs import DistillArguments, held_out_rows, open_teacher, read_rows
 from hf_minitron.distill.teacher import load_model
 from hf_minitron.hardware import parse_dtype
 

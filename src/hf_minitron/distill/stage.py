@@ -7,28 +7,29 @@ import json
 import math
 import os
 import shutil
-import sys
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
-from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_minitron.checkpoint import Checkpoint, check_output_dir, copy_companions, write_tensors
-from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, load_text, pack_rows
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.inputs import (
+    DistillArguments,
+    DistillInputs,
+    check_vocabularies,
+    load_checked,
+    load_inputs,
+    open_checkpoint,
+)
 from hf_minitron.distill.sharding import save_whole
-from hf_minitron.distill.teacher import check_quantization, load_model
-from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trainer import DistillationTrainer
-from hf_minitron.hardware import fast_dtype, parse_dtype
 from hf_minitron.lineage import Stage, append_stage, publishable, settings_dict
 
 LOG_FILE = "distill_log.json"
@@ -43,60 +44,6 @@ _TOLD_ELSEWHERE = {
     "run_name",
 }
 _TOLD_ELSEWHERE |= {"overwrite", "resume_from_checkpoint", "disable_tqdm", "report_to"}  # nothing about the result
-
-
-@dataclass
-class DistillArguments:
-    """Which student learns from which teacher, on which text."""
-
-    student_model: str = field(metadata={"help": "Hub id or folder of the pruned model to train."})
-    dataset: str = field(
-        metadata={"help": "Training text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet)."}
-    )
-    teacher_model: str | None = field(
-        default=None, metadata={"help": "Hub id or folder of the teacher, usually the model that was pruned."}
-    )
-    teacher_cache: str | None = field(
-        default=None, metadata={"help": "Folder that hf-minitron cache-teacher wrote; takes the teacher's place."}
-    )
-    dataset_config: str | None = field(default=None, metadata={"help": "Configuration of a Hub data set."})
-    dataset_split: str = field(default="train", metadata={"help": "Split of a Hub data set."})
-    text_column: str | None = field(
-        default=None, metadata={"help": "Column that holds the text; found by itself where only one can."}
-    )
-    eval_dataset: str | None = field(default=None, metadata={"help": "Held-out text, read like --dataset."})
-    eval_split: str | None = field(
-        default=None, metadata={"help": "Split to evaluate on (default: validation, or train of another source)."}
-    )
-    max_length: int | None = field(
-        default=None, metadata={"help": "Tokens per packed row (default: what the student takes, at most 4096)."}
-    )
-    isolate_documents: bool = field(
-        default=False,
-        metadata={
-            "help": "Restart positions after every document of a packed row and keep attention within documents, in "
-            "student and teacher. Off by default, as the papers do not say and no gain was measured."
-        },
-    )
-    max_train_rows: int | None = field(default=None, metadata={"help": "Use at most so many packed rows for training."})
-    max_eval_rows: int = field(default=256, metadata={"help": "Use at most so many packed rows for evaluation."})
-    student_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub student."})
-    teacher_revision: str | None = field(default=None, metadata={"help": "Branch, tag or commit of a Hub teacher."})
-    teacher_dtype: str = field(
-        default="auto",
-        metadata={"help": "float32, bfloat16 or float16 (auto: bfloat16 where it is fast, else float32)."},
-    )
-    teacher_quantization: str | None = field(
-        default=None, metadata={"help": "8bit or 4bit: the teacher's linear layers in bitsandbytes' formats."}
-    )
-    teacher_device_map: str | None = field(
-        default=None,
-        metadata={"help": "Where the teacher runs: auto spreads it over the devices (default: the student's device)."},
-    )
-    trust_remote_code: bool = field(
-        default=False, metadata={"help": "Run code that the models' repositories bring along."}
-    )
-    overwrite: bool = field(default=False, metadata={"help": "Replace output_dir if it is not empty."})
 
 
 @dataclass(frozen=True)
@@ -114,36 +61,6 @@ class DistillReport:
         return dataclasses.asdict(self) | {"output_dir": str(self.output_dir)}
 
 
-@dataclass(frozen=True)
-class PackedRows:
-    """Packed rows and what the lineage says of them; ``facts["fingerprint"]`` is that of the rows."""
-
-    dataset: Dataset
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class DistillInputs:
-    """What the students of one teacher can share: rows that are packed, and the teacher, loaded when first needed."""
-
-    teacher: Checkpoint | CachedTeacher
-    teacher_dtype: torch.dtype
-    teacher_quantization: str | None
-    teacher_device_map: str | dict[str, str] | None
-    trust_remote_code: bool
-    train: PackedRows
-    held_out: PackedRows | None
-    max_length: int
-
-    @cached_property
-    def teacher_model(self) -> PreTrainedModel | CachedTeacher:
-        """The teacher in memory, or its cache: the same one for every student."""
-        if isinstance(self.teacher, CachedTeacher):
-            return self.teacher
-        how = (self.teacher_quantization, self.teacher_device_map)
-        return _load(self.teacher, self.teacher_dtype, self.trust_remote_code, *how)
-
-
 def distill_checkpoint(
     arguments: DistillArguments, config: DistillationConfig, inputs: DistillInputs | None = None
 ) -> DistillReport:
@@ -155,15 +72,15 @@ def distill_checkpoint(
     """
     stage = Stage("distill", settings=_settings(arguments, config))
     output_dir, resume = Path(config.output_dir), _find_resume(arguments, config)
-    student = _open(arguments.student_model, arguments.student_revision, arguments)
+    student = open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
     if inputs is None:
         inputs = load_inputs(arguments, config, student)
-    _check_vocabularies(student, inputs.teacher, config)
+    check_vocabularies(student, inputs.teacher, config)
     if resume is None:
         _empty(output_dir)
     train, held_out = inputs.train, inputs.held_out
     tokenizer = AutoTokenizer.from_pretrained(student.folder)
-    student_model = _load(student, torch.float32, arguments.trust_remote_code)
+    student_model = load_checked(student, torch.float32, arguments.trust_remote_code)
     trainer = DistillationTrainer(
         model=student_model,
         teacher_model=inputs.teacher_model,
@@ -184,50 +101,6 @@ def distill_checkpoint(
     stage.metrics = {"before": before, "after": after} if after else None
     save_student(trainer, student, output_dir, stage)
     return report
-
-
-def load_inputs(
-    arguments: DistillArguments, config: DistillationConfig, student: Checkpoint | None = None
-) -> DistillInputs:
-    """Reads the text and finds the teacher, after checking that they fit the student."""
-    teacher, how = open_teacher(arguments, config.device)
-    student = student or _open(arguments.student_model, arguments.student_revision, arguments)
-    _check_vocabularies(student, teacher, config)
-    tokenizer = AutoTokenizer.from_pretrained(student.folder)
-    max_length, drawn = arguments.max_length, {}
-    if isinstance(teacher, CachedTeacher):
-        teacher.check_tokenizer(tokenizer)
-        max_length = teacher.check_length(max_length)
-        drawn = teacher.manifest["data"]
-    max_length = check_row_length(student.config, max_length, "max_length")
-    with PartialState().main_process_first():
-        train = _train_rows(arguments, config, tokenizer, max_length, drawn.get("train"))
-        held_out = held_out_rows(arguments, tokenizer, max_length, drawn.get("held_out"))
-    return DistillInputs(teacher, *how, arguments.trust_remote_code, train, held_out, max_length)
-
-
-def open_teacher(arguments: Any, device: torch.device) -> tuple[Checkpoint | CachedTeacher, tuple[Any, ...]]:
-    """The teacher that the options name, or its cache, and in which dtype, bits and where its model is to be loaded."""
-    cache = getattr(arguments, "teacher_cache", None)
-    if cache is not None and getattr(arguments, "isolate_documents", False):
-        raise ValueError(
-            "isolate_documents changes what a teacher says of packed rows, and caches hold what it said without. "
-            "Give --teacher-model, or leave isolate_documents out."
-        )
-    if (arguments.teacher_model is None) == (cache is None):
-        raise ValueError(
-            f"teacher_model={arguments.teacher_model}, teacher_cache={cache}: the student learns from one of the two. "
-            "Give --teacher-model to run the teacher, or --teacher-cache to read what it said."
-        )
-    dtype = parse_dtype(arguments.teacher_dtype) or fast_dtype(device)
-    check_quantization(arguments.teacher_quantization, dtype)
-    device_map = arguments.teacher_device_map
-    if arguments.teacher_quantization and device_map is None:
-        device_map = {"": str(device)}
-    how = (dtype, arguments.teacher_quantization, device_map)
-    if cache is not None:
-        return CachedTeacher.open(cache), how
-    return _open(arguments.teacher_model, arguments.teacher_revision, arguments), how
 
 
 def save_student(trainer: DistillationTrainer, source: Checkpoint, output_dir: Path, stage: Stage) -> None:
@@ -307,94 +180,6 @@ def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[s
     always = ("divergence", "temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
     changed = {k: v for k, v in chosen.items() if k in always or (v or None) != (default.get(k) or None)}
     return asked | {key: value for key, value in changed.items() if key not in _TOLD_ELSEWHERE}
-
-
-def _open(model: str, revision: str | None, arguments: DistillArguments) -> Checkpoint:
-    return Checkpoint.open(model, revision=revision, trust_remote_code=arguments.trust_remote_code)
-
-
-def _check_vocabularies(student: Checkpoint, teacher: Checkpoint | CachedTeacher, config: DistillationConfig) -> None:
-    """The same check as the Trainer's, but before weights and data are read."""
-    cached = isinstance(teacher, CachedTeacher)
-    sizes = (student.config.vocab_size, teacher.vocab_size if cached else teacher.config.vocab_size)
-    if sizes[0] != sizes[1] and config.vocab_limit is None:
-        raise ValueError(
-            f"the student has vocab_size={sizes[0]}, the teacher {sizes[1]}: the KL compares token by token. "
-            "Use a teacher with the same tokenizer, or --vocab-limit if the difference is padding."
-        )
-
-
-def read_rows(
-    source: str,
-    how: dict[str, Any],
-    tokenizer: PreTrainedTokenizerBase,
-    length: int,
-    most: int | None,
-    seed: int,
-    drawn: dict[str, Any] | None = None,
-) -> PackedRows:
-    """Packed rows of a source at random, at most ``most``; of those ``drawn`` for a cache, if there is one.
-
-    A packed row depends on the order of the documents, so a cache's draw is made again, and its first rows taken.
-    """
-    draw = drawn or {"max_rows": most, "seed": seed}
-    rows = pack_rows(load_text(source, **how), tokenizer, length, max_rows=draw["max_rows"], seed=draw["seed"])
-    if most is not None and most < len(rows):
-        rows = rows.select(range(most))
-    return PackedRows(rows, describe_source(source, **how) | {"fingerprint": fingerprint_rows(rows)})
-
-
-def _train_rows(
-    arguments: DistillArguments,
-    config: DistillationConfig,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-    drawn: dict[str, Any] | None,
-) -> PackedRows:
-    """Rows at random, no more than the run's steps can use, so that a stream is only read as far as needed."""
-    most = arguments.max_train_rows
-    if config.max_steps > 0:
-        rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-        most = min(most or sys.maxsize, config.max_steps * rows_per_step)
-    how = {"config_name": arguments.dataset_config, "split": arguments.dataset_split}
-    how["text_column"] = arguments.text_column
-    seed = config.seed if config.data_seed is None else config.data_seed
-    return read_rows(arguments.dataset, how, tokenizer, max_length, most, seed, drawn)
-
-
-def held_out_rows(
-    arguments: Any, tokenizer: PreTrainedTokenizerBase, max_length: int, drawn: dict[str, Any] | None = None
-) -> PackedRows | None:
-    """Rows at random, but the same ones whatever the run's seed."""
-    if arguments.eval_dataset is None:
-        return None
-    same = arguments.eval_dataset == arguments.dataset
-    how = {"split": _eval_split(arguments), "text_column": arguments.text_column}
-    how["config_name"] = arguments.dataset_config if same else None
-    most = arguments.max_eval_rows
-    return read_rows(arguments.eval_dataset, how, tokenizer, max_length, most, seed=0, drawn=drawn)
-
-
-def _eval_split(arguments: DistillArguments) -> str:
-    same = arguments.eval_dataset == arguments.dataset
-    split = arguments.eval_split or ("validation" if same else "train")
-    if same and split == arguments.dataset_split:
-        raise ValueError(
-            f"eval_dataset and dataset are both {arguments.dataset}, split {split}: held-out text must not be "
-            "trained on. Give another."
-        )
-    return split
-
-
-def _load(
-    source: Checkpoint,
-    dtype: torch.dtype,
-    trust_remote_code: bool,
-    quantization: str | None = None,
-    device_map: Any = None,
-) -> PreTrainedModel:
-    how = {"quantization": quantization, "device_map": device_map, "trust_remote_code": trust_remote_code}
-    return load_model(source, dtype, **how)
 
 
 def _isolating_collator(

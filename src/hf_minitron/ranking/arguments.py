@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.stage import DistillArguments
+from hf_minitron.distill.inputs import DistillArguments
 from hf_minitron.prune.arguments import CalibrationArguments
 from hf_minitron.prune.preview import ModelArguments
 from hf_minitron.prune.target import PruneConfig
