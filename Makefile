@@ -29,7 +29,7 @@ setup: .venv/.setup ## Build .venv with the tested versions (the other targets d
 quickstart: .venv/.setup ## Prune, distil and measure the embedded model: the main job, offline, in minutes
 	$(BIN)/python recipes/quickstart/quickstart.py $(ARGS)
 
-test: .venv/.setup ## Run the tests
+test: .venv/.extras ## Run the tests, with the extras that some of them need
 	$(BIN)/python -m pytest $(ARGS)
 
 check: .venv/.setup ## Check style, formatting and installed versions; changes nothing
@@ -51,6 +51,10 @@ clean: ## Delete caches and build outputs; keeps .venv and every checkpoint
 
 .venv/.setup: pyproject.toml constraints.txt | $(BIN)/python
 	$(PIP) install --no-deps torch -c constraints.txt $(addprefix --extra-index-url=,$(TORCH_INDEX_URL))
+	$(PIP) install -e ".[dev]" -c constraints.txt
+	@touch $@
+
+.venv/.extras: .venv/.setup
 	$(PIP) install -e ".[dev,deepspeed,evaluation,quantization]" -c constraints.txt
 	@touch $@
 
