@@ -258,9 +258,9 @@ def test_readme_shows_the_support_table(capsys, monkeypatch):
 def test_the_support_table_says_what_the_rows_say():
     rows = {line.split("`")[1]: line for line in support_table().splitlines() if line.startswith("| `")}
     assert set(rows) == set(FAMILIES)
-    assert rows["olmo2"] == "| `olmo2` | yes | yes | no | no | yes | attention |"
-    assert rows["nemotron"] == "| `nemotron` | yes | yes | yes | yes | yes | attention, feed-forward, norms |"
-    assert rows["mistral"] == "| `mistral` | yes | yes | yes | yes | yes | none |"
+    assert rows["olmo2"] == "| `olmo2` | yes | yes | no | no | yes | yes | attention |"
+    assert rows["nemotron"] == "| `nemotron` | yes | yes | yes | yes | yes | yes | attention, feed-forward, norms |"
+    assert rows["mistral"] == "| `mistral` | yes | yes | yes | yes | yes | yes | none |"
     assert "`olmo2` keeps its query heads and key/value groups: its q_norm and k_norm" in support_table()
 
 

@@ -287,6 +287,7 @@ _PRUNABLE = {
     "feed-forward neurons": "intermediate_size",
     "query heads": "num_attention_heads",
     "key/value groups": "num_key_value_heads",
+    "layers": "num_hidden_layers",
 }
 
 
