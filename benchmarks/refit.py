@@ -1,4 +1,4 @@
-"""Question: how much closer to the teacher does refit start than plain Minitron, and how long does the lead last?
+"""Claim: refit starts much closer to the teacher than plain Minitron, and the lead lasts; how much, and how long?
 
 Measures  held-out loss after pruning and along a short distillation, for Minitron's slices and for refit in both modes,
           each at the best of the same four learning rates; by width, and with --drop-layers by depth. Also the time of
