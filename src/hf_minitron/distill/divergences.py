@@ -7,7 +7,7 @@ a few rows of logits at a time, so that on CPU its temporaries stay in the cache
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, get_args
 
@@ -18,7 +18,7 @@ from hf_minitron.architectures import LogitTransform
 
 Divergence = Literal["forward_kl", "reverse_kl", "js", "mse", "cosine"]
 ON_LOGITS = ("mse", "cosine")  # divergences that have no temperature
-CPU_BLOCK = 2**17  # logits per thread and block of rows: half a megabyte in fp32
+CPU_BLOCK = 2**18  # logits per thread and block of rows: a megabyte in fp32
 CUDA_BLOCK = 2**24
 SMALLEST_NORM = 1e-8  # what the cosine divides by at least
 
@@ -38,8 +38,8 @@ class TokenLoss:
         cosine      1 - z_s . z_t / (|z_s| |z_t|)
 
     `scale` is T^2 for the divergences of distributions (Hinton et al. 2015), in the value and so in the gradient. The
-    last two are losses on logits and have no temperature. P1 compares them in its ablation (arXiv 2407.14679, Table 15)
-    without printing their formulas; these are ours. CE is the student's cross-entropy at temperature 1.
+    last two compare logits and have no temperature: P1's ablation (arXiv 2407.14679, Table 15) names such losses, these
+    formulas are ours. CE is the student's cross-entropy at temperature 1.
 
     Raises ValueError for settings that mean nothing.
     """
@@ -108,12 +108,13 @@ def token_losses_(
     grad [n, V]: by `student`; may be `student` itself, and of lower precision, to which it is rounded last.
     """
     count, block = len(student), _rows_per_block(student)
-    # Written in place: small results that outlive a block would break up the memory its temporaries leave behind.
     values = TokenValues(*student.new_zeros(4, count), torch.zeros(count, dtype=torch.bool, device=student.device))
+    scratch = student.new_empty(5, min(block, count), student.shape[1])
     for start in range(0, count, block):
         rows = slice(start, start + block)
         targets = None if labels is None else labels[rows]
-        found, by_logits = token_losses(settings, student[rows], teacher[rows], targets, grad is not None)
+        buffers = scratch[:, : len(student[rows])].unbind()
+        found, by_logits = token_losses(settings, student[rows], teacher[rows], targets, grad is not None, buffers)
         if by_logits is not None:
             torch.mul(by_logits, weight[rows].unsqueeze(-1), out=grad[rows])
         for every, of_block in zip(values, found, strict=True):
@@ -122,26 +123,34 @@ def token_losses_(
 
 
 def token_losses(
-    settings: TokenLoss, student: Tensor, teacher: Tensor, labels: Tensor | None, needs_grad: bool
+    settings: TokenLoss,
+    student: Tensor,
+    teacher: Tensor,
+    labels: Tensor | None,
+    needs_grad: bool,
+    scratch: Sequence[Tensor | None] = (None,) * 5,
 ) -> tuple[TokenValues, Tensor | None]:
-    """Values [n], and the gradient of `loss` by `student` [n, V] if needed. Leaves its arguments as they are.
+    """Values [n], and the gradient of `loss` by `student` [n, V] if needed. Leaves both logits as they are.
+
+    `scratch` is memory for what has the size of the logits, [n, V] each, and is overwritten: were it new for every few
+    rows, a third of the time would go into fetching it from the system. The gradient may lie in it.
 
     Sums over the vocabulary are torch's tree reductions: a matrix product drifts by 3e-5 over 128k terms.
     """
-    head_output = student
-    student, teacher = (
-        transformed(student, settings.student_transform),
-        transformed(teacher, settings.teacher_transform),
-    )
-    p, q = _softmax(student, settings.temperature), _softmax(teacher, settings.temperature)
-    agreement = (p.shifted + q.shifted).amax(-1) == 0  # both are 0 at the most likely token, and negative elsewhere
+    head_output, spare = student, scratch[4]
+    student = transformed(student, settings.student_transform)
+    teacher = transformed(teacher, settings.teacher_transform)
+    p = _softmax(student, settings.temperature, *scratch[:2])
+    q = _softmax(teacher, settings.temperature, *scratch[2:4])
+    # Both are 0 at the most likely token, and negative elsewhere.
+    agreement = torch.add(p.shifted, q.shifted, out=spare).amax(-1) == 0
     ce = teacher_ce = torch.zeros_like(agreement, dtype=student.dtype)
     if labels is not None:
         ce = _cross_entropy(student, p, labels, settings.temperature)
         teacher_ce = _cross_entropy(teacher, q, labels, settings.temperature)
     gap = q.shifted.sub_(p.shifted).add_(p.log_sum - q.log_sum)
-    kl = (q.probability * gap).sum(-1)
-    pair = _Pair(student, teacher, p.probability, q.probability, gap)
+    kl = torch.mul(q.probability, gap, out=spare).sum(-1)
+    pair = _Pair(student, teacher, p.probability, q.probability, gap, spare)
     divergence, differentiate = _DIVERGENCES[settings.divergence](pair, kl, settings)
     loss = settings.scale * divergence
     if settings.ce_weight:
@@ -153,7 +162,7 @@ def token_losses(
     if settings.scale != 1:
         grad.mul_(settings.temperature)
     if settings.ce_weight:
-        plain = p if settings.temperature == 1 else _softmax(student, 1.0)
+        plain = p if settings.temperature == 1 else _softmax(student, 1.0, *scratch[:2])
         grad.add_(plain.probability, alpha=settings.ce_weight)
         grad.scatter_add_(-1, labels[:, None], grad.new_full((len(grad), 1), -settings.ce_weight))
     return values, _through_transform(grad, head_output, settings.student_transform)
@@ -169,17 +178,18 @@ def transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
 
 
 class _Pair(NamedTuple):
-    """What a divergence is computed from, [n, V] each: logits, distributions, and gap = log(q / p)."""
+    """What a divergence is computed from, [n, V] each: logits, distributions, gap = log(q / p), and scratch memory."""
 
     student: Tensor
     teacher: Tensor
     p: Tensor
     q: Tensor
     gap: Tensor
+    spare: Tensor | None
 
 
 # Each returns the divergence [n], and what gives its gradient [n, V]: by z_s / T, or by z_s where there is no
-# temperature. It may overwrite the gap and q.
+# temperature. It may overwrite the gap, q and what is spare, but not p.
 _Divergence = tuple[Tensor, Callable[[], Tensor]]
 
 
@@ -189,7 +199,7 @@ def _forward_kl(pair: _Pair, kl: Tensor, settings: TokenLoss) -> _Divergence:
 
 def _reverse_kl(pair: _Pair, kl: Tensor, settings: TokenLoss) -> _Divergence:
     gap = pair.gap.neg_()
-    divergence = (pair.p * gap).sum(-1)
+    divergence = torch.mul(pair.p, gap, out=pair.spare).sum(-1)
     return divergence, lambda: gap.sub_(divergence[:, None]).mul_(pair.p)
 
 
@@ -197,17 +207,17 @@ def _jensen_shannon(pair: _Pair, kl: Tensor, settings: TokenLoss) -> _Divergence
     """By log(p / m) = -log(1 + b (q / p - 1)), which is exact where p = q; beyond e^50 it is linear in the gap."""
     beta = settings.js_beta
     near = pair.gap.clamp(max=50.0)
-    beyond = pair.gap - near
+    beyond = torch.sub(pair.gap, near, out=pair.spare)
     to_mixture = near.expm1_().mul_(beta).log1p_().add_(beyond).neg_()
-    student_kl = (pair.p * to_mixture).sum(-1)
+    student_kl = torch.mul(pair.p, to_mixture, out=pair.spare).sum(-1)
     teacher_kl = pair.gap.add_(to_mixture).mul_(pair.q).sum(-1)
     divergence = (1 - beta) * student_kl + beta * teacher_kl
     return divergence, lambda: to_mixture.sub_(student_kl[:, None]).mul_(pair.p).mul_(1 - beta)
 
 
 def _mse(pair: _Pair, kl: Tensor, settings: TokenLoss) -> _Divergence:
-    difference = pair.student - pair.teacher
-    return difference.square().mean(-1), lambda: difference.mul_(2 / difference.shape[-1])
+    difference = torch.sub(pair.student, pair.teacher, out=pair.gap)
+    return torch.mul(difference, difference, out=pair.spare).mean(-1), lambda: difference.mul_(2 / difference.shape[-1])
 
 
 def _cosine(pair: _Pair, kl: Tensor, settings: TokenLoss) -> _Divergence:
@@ -244,11 +254,14 @@ class _Softmax(NamedTuple):
     probability: Tensor
 
 
-def _softmax(logits: Tensor, temperature: float) -> _Softmax:
+def _softmax(
+    logits: Tensor, temperature: float, shifted: Tensor | None = None, probability: Tensor | None = None
+) -> _Softmax:
+    """In the memory given, if any."""
     if temperature != 1:
-        logits = logits / temperature
-    shifted = logits - logits.amax(-1, keepdim=True)
-    exponentials = shifted.exp()
+        logits = torch.div(logits, temperature, out=shifted)
+    shifted = torch.sub(logits, logits.amax(-1, keepdim=True), out=shifted)
+    exponentials = torch.exp(shifted, out=probability)
     total = exponentials.sum(-1, keepdim=True)
     return _Softmax(shifted, total.log(), exponentials.div_(total))
 

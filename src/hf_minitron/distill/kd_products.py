@@ -12,7 +12,7 @@ from torch import Tensor
 from hf_minitron.distill.kd_inputs import Model
 
 HALF = (torch.bfloat16, torch.float16)
-VOCABULARY_BLOCK = 8192  # rows of a head that are upcast at a time
+VOCABULARY_BLOCK = 1024  # rows of a head per thread that are upcast and projected at a time on CPU
 
 
 class Head:
@@ -30,8 +30,7 @@ class Head:
         self._bias = None if model.bias is None else model.bias.detach()[:vocab_size].to(precise)
         if self._weight.is_cuda:
             self._weight = self._weight.to(self.dtype)
-        whole = self._weight.dtype == self.dtype
-        size = vocab_size if whole else VOCABULARY_BLOCK
+        size = vocab_size if self._weight.is_cuda else VOCABULARY_BLOCK * torch.get_num_threads()
         self._blocks = [slice(start, start + size) for start in range(0, vocab_size, size)]
 
     def rows(self, tokens: Tensor) -> Tensor:
@@ -47,7 +46,8 @@ class Head:
     def pull_back(self, grad: Tensor) -> Tensor:
         """The gradient by the hidden states [n, H], `precise`, from that by the logits [n, V]."""
         result = grad.new_empty(len(grad), self._weight.shape[1], dtype=self.precise)
-        for block in self._blocks:
+        upcast = self._weight.dtype != self.dtype
+        for block in self._blocks if upcast else [slice(0, None)]:
             multiply_(result, grad[:, block], self._weight[block].to(self.dtype), beta=int(block.start > 0))
         return result
 
