@@ -41,7 +41,8 @@ def student(tmp_path_factory, tiny_llama_config, tiny_checkpoint):
 @pytest.fixture(scope="module")
 def options(student, tiny_checkpoint, tiny_text, held_out_text):
     paths = {"student_model": student, "teacher_model": tiny_checkpoint, "dataset": tiny_text}
-    return {name: str(path) for name, path in (paths | {"eval_dataset": held_out_text}).items()} | {"max_length": 32}
+    paths |= {"eval_dataset": held_out_text, "teacher_dtype": "float32"}  # auto is measured in every process anew
+    return {name: str(path) for name, path in paths.items()} | {"max_length": 32}
 
 
 @pytest.fixture(scope="module")

@@ -40,6 +40,7 @@ def search(tiny_checkpoint, tiny_text, held_out_text):
         model = {"model": str(tiny_checkpoint)}
         calibration = {"calibration_dataset": str(tiny_text), "num_samples": 8, "sequence_length": 32}
         ranking = {"dataset": str(tiny_text), "eval_dataset": str(held_out_text), "max_length": 32, "max_eval_rows": 6}
+        ranking["teacher_dtype"] = "float32"  # auto is bfloat16 on some machines
         config = {"max_steps": 3, "per_device_train_batch_size": 2, "learning_rate": 5e-3, "eval_steps": 2, "seed": 1}
         config |= {"use_cpu": True, "disable_tqdm": True, "report_to": "none"}
         config |= {"output_dir": str(output_dir)} if output_dir else {}
