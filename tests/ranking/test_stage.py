@@ -321,7 +321,7 @@ def test_candidates_can_be_pruned_by_scores_that_are_there(search, tmp_path, tin
 
 
 def test_layers_can_be_chosen_by_loss_which_takes_a_scan(search, tmp_path, monkeypatch):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rank, "distill_checkpoint", stop)
