@@ -88,15 +88,20 @@ def step_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
 
 
 def all_steps(engine: str, cache: Path) -> dict[str, Any]:
-    """Every head and accumulation, under `head-accumulation`; with DDP also from a cached teacher."""
+    """Every head and accumulation, under `head-accumulation`; also with intermediate states, and with DDP from a cached teacher."""
     results = {}
     cached = [("cached", 4)] if engine == "ddp" else []
-    for head, accumulation in [("tied", 1), ("tied", 4), ("untied", 1), ("untied", 4), *cached]:
+    for head, accumulation in [("tied", 1), ("tied", 4), ("untied", 1), ("untied", 4), ("states", 4), *cached]:
         AcceleratorState._reset_state()
         GradientState._reset_state()
         with fsdp_on_cpus(engine == "fsdp2"):
             results[f"{head}-{accumulation}"] = helpers["one_step"](
-                head == "tied", 4 // accumulation, accumulation, engine, cache if head == "cached" else None
+                head == "tied",
+                4 // accumulation,
+                accumulation,
+                engine,
+                cache if head == "cached" else None,
+                **(helpers["WITH_STATES"] if head == "states" else {}),
             )
     return results
 
