@@ -137,6 +137,32 @@ def report_cache(report: Any, arguments: Any) -> str:
     )
 
 
+def report_correction(report: Any, arguments: Any, config: Any, lora: Any) -> str:
+    """What the teacher learnt and forgot, and how to go on."""
+    lines = []
+    if report.after:
+        names = {"held_out": "held-out text like that trained on", "general": "general text"}
+        rows = []
+        for name, after in report.after.items():
+            losses = report.before[name]["lm_loss"], after["lm_loss"]
+            change = f"{losses[1] - losses[0]:+.4f} ({100 * (losses[1] / losses[0] - 1):+.1f} %)"
+            rows.append((names[name], *map(_number, losses), change, _number(after["num_tokens"])))
+        lines.append(markdown_table(("loss on", "before", "after", "change", "tokens"), rows) + "\n")
+    lines += [f"Warning: {warning}\n" for warning in report.warnings]
+    folder = report.output_dir
+    lines.append(
+        f"Trained {report.num_trained:,} parameters ({report.method}) on {report.num_tokens:,} tokens; wrote {folder}"
+    )
+    if arguments.adapter_only:
+        lines.append(f"Merge it in Python: peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+                     ".merge_and_unload()")  # fmt: skip
+    else:
+        lines.append(
+            f"Next: hf-minitron prune {folder}, then distill with --teacher-model {folder}; or only the latter"
+        )
+    return "\n".join(lines)
+
+
 def report_distill(report: Any, *options: Any) -> str:
     """Held-out metrics before and after, and how to go on."""
     lines = []

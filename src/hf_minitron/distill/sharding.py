@@ -13,16 +13,16 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
 
-from hf_minitron.adapters import merged_copy
+from hf_minitron.adapters import merged_copy, plain_state
 
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator | None, device: torch.device) -> nn.Module:
-    """Puts a frozen teacher where it is called: sharded as the student will be, else whole on this process's device.
+    """Puts a teacher where it is called: sharded as the student will be, else whole on this process's device.
 
     Under ZeRO-3 and FSDP every process holds a part of it, and gathers one layer at a time while it runs. ZeRO-1 and 2
-    shard gradients and optimizer states, of which a teacher has none. One that is spread by ``device_map`` stays there.
+    shard gradients and optimizer states, of which a frozen teacher has none. One that is spread by ``device_map`` stays
+    there.
     """
-    teacher.eval().requires_grad_(False)
     if getattr(teacher, "hf_device_map", None) is not None:
         return teacher
     if accelerator is None:
@@ -74,14 +74,8 @@ def save_whole(trainer: Trainer, folder: str) -> None:
     checkpoints stay in parts (`zero3_save_16bit_model: false`, `SHARDED_STATE_DICT`) do not matter. Adapters of a
     PeftModel are merged into the weights, so that plain transformers loads what was trained.
     """
-    if trainer.is_deepspeed_enabled:
-        state = _zero_state_dict(trainer)
-    elif trainer.accelerator.is_fsdp2:
-        state = trainer.accelerator.get_state_dict(trainer.model)
-    elif isinstance(trainer.model, PeftModel):
-        own = trainer.model.state_dict()
-        state = {name: value.to("cpu", copy=True) for name, value in own.items()}
-    else:
+    state = _whole_state(trainer)
+    if state is None:
         trainer.save_model(folder)
         return
     if isinstance(trainer.model, PeftModel):
@@ -94,6 +88,18 @@ def save_whole(trainer: Trainer, folder: str) -> None:
         if name in state:  # gathering made copies of tied weights, which would be written twice
             state[name] = state[first]
     trainer._save(folder, state_dict=state)
+
+
+def save_adapters(trainer: Trainer, folder: str, model: str, revision: str | None) -> None:
+    """Writes the adapters of a PeftModel alone, as peft does; they are said to be for `model` at `revision`.
+
+    Every process must call it, as with `save_whole`.
+    """
+    state = _whole_state(trainer)
+    if trainer.is_world_process_zero():
+        for config in trainer.model.peft_config.values():
+            config.base_model_name_or_path, config.revision = model, revision
+        trainer.model.save_pretrained(folder, state_dict=state)
 
 
 @contextmanager
@@ -129,6 +135,15 @@ def whole(weight: Tensor) -> Tensor:
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
 
 
+def _whole_state(trainer: Trainer) -> dict[str, Tensor] | None:
+    """The trained model's state, gathered; None where the Trainer writes whole weights by itself."""
+    if trainer.is_deepspeed_enabled:
+        return _zero_state_dict(trainer)
+    if trainer.accelerator.is_fsdp2:
+        return trainer.accelerator.get_state_dict(trainer.model)
+    return plain_state(trainer.model) if isinstance(trainer.model, PeftModel) else None
+
+
 def _zero_state_dict(trainer: Trainer) -> dict[str, Tensor]:
     """The optimizer's weights, gathered one by one; frozen weights and buffers are those of the model."""
     import deepspeed
@@ -142,6 +157,11 @@ def _zero_state_dict(trainer: Trainer) -> dict[str, Tensor]:
             if trainer.is_world_process_zero():
                 state[name] = (parameter if exact is None else exact).detach().to("cpu", copy=True)
     return state
+
+
+def shards_weights(accelerator: Accelerator) -> bool:
+    """Whether every process holds only a part of each weight: ZeRO-3 and FSDP."""
+    return _zero_stage(accelerator) == 3 or accelerator.distributed_type == "FSDP"
 
 
 def _zero_stage(accelerator: Accelerator) -> int | None:

@@ -17,7 +17,8 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 from hf_minitron.distill.inputs import DistillArguments, DistillInputs, load_inputs
-from hf_minitron.distill.stage import LOG_FILE, distill_checkpoint, last_whole_checkpoint
+from hf_minitron.distill.run_folder import last_whole_checkpoint
+from hf_minitron.distill.stage import LOG_FILE, distill_checkpoint
 from hf_minitron.evaluate.perplexity import row_losses
 from hf_minitron.hardware import fast_dtype
 from hf_minitron.lineage import LINEAGE_FILE, read_lineage, settings_dict
