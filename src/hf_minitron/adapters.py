@@ -90,7 +90,7 @@ def plain_state(model: nn.Module) -> dict[str, Tensor]:
     """A whole model's state on the CPU, the weights of quantized layers as they are used: as floating-point numbers."""
     state = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
     for layer, module in model.named_modules():
-        weight = getattr(module, "weight", None)
+        weight = module._parameters.get("weight")  # not that of the layer which an adapter stands beside
         if isinstance(weight, nn.Parameter) and not weight.is_floating_point():
             for name in [name for name in state if name.startswith(f"{layer}.weight") or name == f"{layer}.SCB"]:
                 del state[name]

@@ -190,6 +190,14 @@ COMMANDS = {
         "prune.stage.prune_checkpoint",
         reports.report_prune,
     ),
+    "shift": Command(
+        "Compare the distillation data with what the teacher knows, before tokens are spent.",
+        "teacher_model",
+        ("distill.shift.ShiftArguments",),
+        "distill.shift.report_shift",
+        reports.report_shift,
+        plot=reports.plot_shift_report,
+    ),
     "correct-teacher": Command(
         "Adapt the teacher to the distillation data first: all weights, adapters or norms.",
         "teacher_model",

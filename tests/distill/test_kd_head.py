@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_minitron.architectures import LogitTransform
-from hf_minitron.distill import divergences, kd_head, kd_products
+from hf_minitron.distill import divergences, kd_products
 from hf_minitron.distill.divergences import TokenLoss, token_losses
 from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
 from hf_minitron.distill.kd_inputs import CPU_BUDGET, CPU_CHUNK, tokens_per_chunk

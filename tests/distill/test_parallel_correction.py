@@ -177,11 +177,11 @@ def test_teachers_that_cannot_be_corrected_are_refused(tmp_path):
     teacher = tiny_llama(24, seed=2)
     form = CacheFormat("exact", dtype=torch.float32)
     cache = write_cache(teacher, uneven_rows(15), tmp_path / "cache", form, TeacherFacts({}))
-    with pytest.raises(ValueError, match="a cache holds what it said before. Give the teacher itself"):
+    with pytest.raises(ValueError, match=r"a cache holds what it said before. Give the teacher itself"):
         make_trainer(tmp_path, correction(), cache)
-    with pytest.raises(ValueError, match="A teacher in bfloat16 corrected by the method norm: .* Load it in float32"):
+    with pytest.raises(ValueError, match=r"A teacher in bfloat16 corrected by the method norm: .* Load it in float32"):
         make_trainer(tmp_path, correction("norm"), tiny_llama(24, seed=2).bfloat16())
-    with pytest.raises(ValueError, match="'query' is the name of no linear layer. There are"):
+    with pytest.raises(ValueError, match=r"'query' is the name of no linear layer. There are"):
         make_trainer(tmp_path, correction("lora", teacher_lora_target_modules=["query"]))
     spread = tiny_llama(24, seed=2)
     spread.hf_device_map = {"model": "cpu", "lm_head": 0}

@@ -119,7 +119,8 @@ class CorrectionTrainer(TokenMeanTrainer):
         results: list[CEOutput] = []
 
         def forward(teacher: PreTrainedModel, **inputs: Tensor) -> Tensor:
-            results.append(head_cross_entropy(last_hidden(teacher, inputs), teacher, following, self.args))
+            hidden = last_hidden(teacher, inputs)
+            results.append(head_cross_entropy(hidden, teacher, following, self.args.kd_chunk_size))
             return results[-1].loss
 
         loss = self.run_redirected(model, inputs, forward)

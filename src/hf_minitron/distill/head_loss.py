@@ -7,7 +7,7 @@ from transformers import PreTrainedModel
 
 from hf_minitron.architectures import get_logit_transform
 from hf_minitron.distill.ce_head import CEOutput, fused_linear_ce
-from hf_minitron.distill.config import DistillationConfig, TokenMeanArguments
+from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 from hf_minitron.distill.sharding import whole
@@ -50,7 +50,9 @@ def compare_heads(
     )
 
 
-def head_cross_entropy(hidden: Tensor, model: PreTrainedModel, following: Tensor, args: TokenMeanArguments) -> CEOutput:
+def head_cross_entropy(
+    hidden: Tensor, model: PreTrainedModel, following: Tensor, chunk_size: int | None = None
+) -> CEOutput:
     """The language-model loss of hidden states [tokens, hidden]; `following` [tokens] are the next tokens."""
     head = model.get_output_embeddings()
     return fused_linear_ce(
@@ -60,5 +62,5 @@ def head_cross_entropy(hidden: Tensor, model: PreTrainedModel, following: Tensor
         (following != IGNORE_INDEX).float(),
         bias=getattr(head, "bias", None),
         transform=get_logit_transform(model.config),
-        chunk_size=args.kd_chunk_size or "auto",
+        chunk_size=chunk_size or "auto",
     )

@@ -158,7 +158,7 @@ class CorrectedTeacher(LiveTeacher, TrainerCallback):
         """
         with torch.enable_grad():
             hidden = self.hidden(inputs)
-            loss = head_cross_entropy(hidden, self.model, following, self._args).loss * factor
+            loss = head_cross_entropy(hidden, self.model, following, self._args.kd_chunk_size).loss * factor
         loss.backward()
         return self.as_targets(hidden.detach())
 
