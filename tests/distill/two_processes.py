@@ -87,7 +87,7 @@ def step_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
 
 
 def all_steps(engine: str, cache: Path) -> dict[str, Any]:
-    """Every head and accumulation, under `head-accumulation`; also with intermediate states, and with DDP from a cached teacher."""
+    """Every head and accumulation, under `head-accumulation`; with intermediate states; with DDP from a cache too."""
     results = {}
     cached = [("cached", 4)] if engine == "ddp" else []
     for head, accumulation in [("tied", 1), ("tied", 4), ("untied", 1), ("untied", 4), ("states", 4), *cached]:

@@ -212,11 +212,9 @@ class IntermediateStates(NoIntermediateStates):
         return {"intermediate_weight": self.weight.last}
 
     def _attach(self, wanted: bool) -> None:
-        if self.projection is None or wanted == hasattr(self._student, PROJECTION):
-            return
-        if wanted:
-            setattr(self._student, PROJECTION, self.projection)
-        else:
+        if wanted and self.projection is not None:
+            setattr(self._student, PROJECTION, self.projection)  # also over that of a trainer that never trained
+        elif hasattr(self._student, PROJECTION):
             delattr(self._student, PROJECTION)
 
 

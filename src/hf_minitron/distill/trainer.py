@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class DistillationTrainer(Trainer):
     trained on so far, `tokens_per_second` and, on known GPUs, `flop_utilisation`. Evaluation reports averages and
     perplexities over the whole set. All in nats, but for the loss where it compares logits. With a top-k cache `kl` is
     that over the kept tokens and the rest, and the teacher's own loss is not known.
+
+    `args.intermediate_losses` adds P1's losses between states inside both models (`intermediate.py`), logged by name,
+    with their weight; evaluation keeps them out of its loss. `student_origin` (`layer_pairs.read_origin`) says which
+    layers and channels of the teacher the student was cut from, for the default of what is compared.
 
     Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
     """
@@ -245,6 +250,10 @@ class DistillationTrainer(Trainer):
         if checkpoint is not None:
             self._states.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with nullcontext() if self.is_fsdp_enabled else self._states.detached():  # FSDP's own files have all parts
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _distill(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[KDOutput, dict[str, Tensor]]:
         """The teacher's and then the student's pass over a batch, flat: rows * length tokens. Also states' losses."""
