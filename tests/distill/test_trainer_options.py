@@ -112,7 +112,9 @@ def test_a_lora_student_trains_its_adapters_alone(tmp_path):
 
 def test_a_lora_student_is_saved_merged(tmp_path):
     trainer, _, _ = train(tmp_path, lora_student(), max_steps=3)
+    before = copy.deepcopy(trainer.model.state_dict())
     save_whole(trainer, str(tmp_path / "merged"))
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     ids = torch.arange(12)[None]
     with torch.no_grad():
         expected = trainer.model.eval()(ids).logits

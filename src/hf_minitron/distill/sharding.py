@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -13,6 +12,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel, Trainer
+
+from hf_minitron.adapters import merged_copy
 
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator | None, device: torch.device) -> nn.Module:
@@ -73,15 +74,19 @@ def save_whole(trainer: Trainer, folder: str) -> None:
     checkpoints stay in parts (`zero3_save_16bit_model: false`, `SHARDED_STATE_DICT`) do not matter. Adapters of a
     PeftModel are merged into the weights, so that plain transformers loads what was trained.
     """
-    if isinstance(trainer.model, PeftModel):
-        _save_merged(trainer, folder)
-        return
     if trainer.is_deepspeed_enabled:
         state = _zero_state_dict(trainer)
     elif trainer.accelerator.is_fsdp2:
         state = trainer.accelerator.get_state_dict(trainer.model)
+    elif isinstance(trainer.model, PeftModel):
+        own = trainer.model.state_dict()
+        state = {name: value.to("cpu", copy=True) for name, value in own.items()}
     else:
         trainer.save_model(folder)
+        return
+    if isinstance(trainer.model, PeftModel):
+        if trainer.is_world_process_zero():
+            merged_copy(trainer.model, state).save_pretrained(folder)
         return
     names: dict[int, str] = {}
     for name, parameter in trainer.model.named_parameters(remove_duplicate=False):
@@ -122,16 +127,6 @@ def redirected_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Ite
 def whole(weight: Tensor) -> Tensor:
     """A weight as one plain tensor; gradients flow back to the shards of FSDP2."""
     return weight.full_tensor() if isinstance(weight, DTensor) else weight
-
-
-def _save_merged(trainer: Trainer, folder: str) -> None:
-    if _zero_stage(trainer.accelerator) == 3 or trainer.accelerator.distributed_type == "FSDP":
-        raise ValueError(
-            "The student is a PeftModel in parts, whose adapters are merged on one process only. Save them with "
-            "trainer.save_model, and merge them afterwards (peft: merge_and_unload); or train with DDP."
-        )
-    if trainer.is_world_process_zero():
-        copy.deepcopy(trainer.model).merge_and_unload().save_pretrained(folder)
 
 
 def _zero_state_dict(trainer: Trainer) -> dict[str, Tensor]:

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
 
+from hf_minitron.adapters import LoraArguments, add_adapters
 from hf_minitron.checkpoint import Checkpoint, check_output_dir, copy_companions, write_tensors
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.config import DistillationConfig
@@ -65,15 +66,20 @@ class DistillReport:
 
 
 def distill_checkpoint(
-    arguments: DistillArguments, config: DistillationConfig, inputs: DistillInputs | None = None
+    arguments: DistillArguments,
+    config: DistillationConfig,
+    lora: LoraArguments | None = None,
+    inputs: DistillInputs | None = None,
 ) -> DistillReport:
     """Trains the student on the teacher's logits and writes it, in its own dtype, with tokenizer and lineage.
 
     The student trains with fp32 weights, whatever it is stored in. An interrupted run leaves ``checkpoint-*`` folders
-    in ``output_dir`` and goes on with ``resume_from_checkpoint`` ("true", or one of them). ``inputs`` are those of an
-    earlier ``load_inputs`` with the same arguments; by default they are read now.
+    in ``output_dir`` and goes on with ``resume_from_checkpoint`` ("true", or one of them). With ``lora`` only adapters
+    are trained, which are merged into what is written. ``inputs`` are those of an earlier ``load_inputs`` with the same
+    arguments; by default they are read now.
     """
-    stage = Stage("distill", settings=_settings(arguments, config))
+    lora = lora or LoraArguments()
+    stage = Stage("distill", settings=_settings(arguments, config) | _lora_settings(lora))
     output_dir, resume = Path(config.output_dir), _find_resume(arguments, config)
     student = open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
     if inputs is None:
@@ -84,6 +90,9 @@ def distill_checkpoint(
     train, held_out = inputs.train, inputs.held_out
     tokenizer = AutoTokenizer.from_pretrained(student.folder)
     student_model = load_checked(student, torch.float32, arguments.trust_remote_code)
+    if lora.lora_r is not None:
+        set_seed(config.seed)
+        student_model = add_adapters(student_model, lora)
     trainer = DistillationTrainer(
         model=student_model,
         teacher_model=inputs.teacher_model,
@@ -184,6 +193,10 @@ def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[s
     always = ("divergence", "temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
     changed = {k: v for k, v in chosen.items() if k in always or (v or None) != (default.get(k) or None)}
     return asked | {key: value for key, value in changed.items() if key not in _TOLD_ELSEWHERE}
+
+
+def _lora_settings(lora: LoraArguments) -> dict[str, Any]:
+    return {} if lora.lora_r is None else {key: value for key, value in settings_dict(lora).items() if value}
 
 
 def _isolating_collator(

@@ -191,7 +191,7 @@ def _train(plan: PrunePlan, folder: CandidateFolder, shared: _Shared) -> str | N
         shared.distill, student_model=str(folder.pruned), student_revision=None, overwrite=True
     )
     try:
-        distill_checkpoint(arguments, config, shared.inputs)
+        distill_checkpoint(arguments, config, inputs=shared.inputs)
     except FloatingPointError as error:
         return str(error)
     return None
