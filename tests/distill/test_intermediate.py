@@ -449,6 +449,18 @@ def test_a_family_outside_the_table_is_refused(tmp_path):
         make_trainer(tmp_path, teacher=teacher)
 
 
+def test_adapters_under_fsdp_are_refused_with_a_projection(tmp_path):
+    """Told from the trainer's own flag: FSDP itself is in test_stage_processes.py."""
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    trainer = make_trainer(tmp_path, get_peft_model(llama(16, 4, seed=1), lora))
+    trainer.is_fsdp_enabled = True
+    with pytest.raises(ValueError, match="adapters under FSDP leave it out"):
+        trainer._states.join(trainer)
+    same_width = make_trainer(tmp_path, get_peft_model(llama(24, 4, seed=1), lora))
+    same_width.is_fsdp_enabled = True
+    same_width._states.join(same_width)
+
+
 # --- where the student was cut from
 
 

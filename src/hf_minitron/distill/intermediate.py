@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
@@ -128,6 +129,12 @@ class IntermediateStates(NoIntermediateStates):
         )
 
     def join(self, trainer: Trainer) -> None:
+        if self.projection is not None and trainer.is_fsdp_enabled and isinstance(self._student, PeftModel):
+            raise ValueError(
+                f"intermediate_losses={list(self.losses)} learn a projection to the teacher's width, and the "
+                "checkpoints of adapters under FSDP leave it out, so that the run could not be resumed. Use DDP or "
+                "DeepSpeed, train without adapters, or leave intermediate_losses out."
+            )
         self._saves_itself = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
         self.weight.join(trainer)
 
