@@ -25,13 +25,13 @@ from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.intermediate import PROJECTION, PROJECTION_FILE
 from hf_minitron.distill.layer_pairs import StudentOrigin, read_origin
 from hf_minitron.distill.layer_states import StateRecorder
-from hf_minitron.distill.sharding import save_whole
 from hf_minitron.distill.state_losses import relation_distance, state_distance
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput
 from hf_minitron.prune.preview import ModelArguments
 from hf_minitron.prune.stage import prune_checkpoint
 from hf_minitron.prune.target import PruneConfig
+from hf_minitron.whole_weights import save_whole
 
 helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
 uneven_rows, one_step = helpers["uneven_rows"], helpers["one_step"]
