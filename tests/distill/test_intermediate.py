@@ -104,7 +104,7 @@ def naive_relations(student, teacher, heads) -> torch.Tensor:
 
 
 def reference_losses(student, teacher, rows, pairs, metric, projection) -> dict[str, torch.Tensor]:
-    """Means over all targets, with gradient: row by row, no padding; 2 query heads more than the gcd would do too."""
+    """Means over all targets, with gradient: row by row, no padding."""
     sums, count = dict.fromkeys(ALL, 0.0), 0
     for row in rows:
         ids = torch.tensor([row["input_ids"]])
@@ -434,12 +434,16 @@ def test_wrong_settings_are_refused(tmp_path, options, message):
         make_trainer(tmp_path, **options)
 
 
-def test_a_cached_teacher_has_no_states(tmp_path):
+def test_a_cached_teacher_has_no_states(tmp_path, pruned_twice, tiny_text, capsys):
     rows, form = uneven_rows(8), CacheFormat("exact", dtype=torch.float32)
     cache = write_cache(llama(24, 6, seed=2), rows, tmp_path / "cache", form, TeacherFacts({}))
     with pytest.raises(ValueError, match="a teacher without the hidden states a mapping asks for"):
         make_trainer(tmp_path, teacher=cache, rows=rows)
     assert make_trainer(tmp_path, teacher=cache, rows=rows, intermediate_losses=None)
+    words = [str(pruned_twice / "narrow"), f"--teacher-cache={tmp_path / 'cache'}", f"--dataset={tiny_text}"]
+    words += [f"--output-dir={tmp_path / 'out'}", "--intermediate-losses", "o", "--use-cpu=true"]
+    assert cli.main(["distill", *words]) == 2
+    assert "a teacher without the hidden states a mapping asks for" in capsys.readouterr().err
 
 
 def test_a_family_outside_the_table_is_refused(tmp_path):

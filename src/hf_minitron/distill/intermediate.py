@@ -96,13 +96,7 @@ class IntermediateStates(NoIntermediateStates):
         self, student: PreTrainedModel, teacher: Any, args: DistillationConfig, origin: StudentOrigin | None = None
     ) -> None:
         self.losses = tuple(args.intermediate_losses or ())
-        if not isinstance(teacher, nn.Module):
-            raise ValueError(
-                f"intermediate_losses={list(self.losses)} asks for hidden states of the teacher's layers, and "
-                f"{args.intermediate_layers or 'the default'} maps them, but this is a teacher without the hidden "
-                "states a mapping asks for: a cache holds what its head read or said. Give the teacher itself "
-                "(--teacher-model), or leave intermediate_losses out."
-            )
+        check_has_states(not isinstance(teacher, nn.Module), args)
         if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(REENTRANT)
         origin = origin or StudentOrigin()
@@ -223,6 +217,17 @@ class IntermediateStates(NoIntermediateStates):
             setattr(self._student, PROJECTION, self.projection)  # also over that of a trainer that never trained
         elif hasattr(self._student, PROJECTION):
             delattr(self._student, PROJECTION)
+
+
+def check_has_states(cached: bool, args: DistillationConfig) -> None:
+    """Raises ValueError when states are asked for of a teacher that is cached."""
+    if cached and args.intermediate_losses:
+        raise ValueError(
+            f"intermediate_losses={args.intermediate_losses} asks for hidden states of the teacher's layers, and "
+            f"{args.intermediate_layers or 'the default'} maps them, but this is a teacher without the hidden states a "
+            "mapping asks for: a cache holds what its head read or said. Give the teacher itself (--teacher-model), or "
+            "leave intermediate_losses out."
+        )
 
 
 def _make_projection(
