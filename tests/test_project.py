@@ -20,6 +20,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 PACKAGE = "hf_minitron"
 BASE = {"architectures", "checkpoint", "data", "hardware", "lineage", "text_files"}
+BASE |= {"document_reader", "mixes", "row_stream"}  # streams, on top of data
 STAGES = {"prune", "distill", "align", "evaluate", "publish"}
 PIPELINES = {"ranking"}  # several stages in one run
 TOP = {"", "__main__", "cli", "reports"}  # "" is the package's own __init__.py

@@ -38,11 +38,13 @@ _TOLD_ELSEWHERE = {
     "teacher_model",
     "teacher_cache",
     "dataset",
+    "dataset_mix",
     "eval_dataset",
     "output_dir",
     "logging_dir",
     "run_name",
 }
+_TOLD_ELSEWHERE |= {"streaming", "shuffle_buffer", "dataset_epochs", "stopping"}  # by the stream's own facts
 _TOLD_ELSEWHERE |= {"overwrite", "resume_from_checkpoint", "disable_tqdm", "report_to"}  # nothing about the result
 
 
@@ -95,7 +97,7 @@ def distill_checkpoint(
     after = _metrics(trainer.evaluate()) if held_out else {}
     report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
     stage.inputs = {"student": student.source, "teacher": inputs.teacher.source}
-    stage.data = {"max_length": inputs.max_length, "train": train.facts}
+    stage.data = {"max_length": inputs.max_length, "train": trainer.describe_stream() or train.facts}
     stage.data |= {"held_out": held_out.facts} if held_out else {}
     stage.tokens = report.num_tokens
     stage.metrics = {"before": before, "after": after} if after else None
