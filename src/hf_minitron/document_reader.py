@@ -70,8 +70,9 @@ class DocumentReader:
         self.name, self.tokenizer, self.order = name, tokenizer, order
         by_files = texts.num_shards % count == 0 or texts.num_shards >= MIN_FILES_PER_READER * count
         self._files = (count, index) if by_files else (1, 0)
-        self._stride = (index, 1 if by_files else count)
+        self._stride = (0, 1) if by_files else (index, count)
         self._index, self._source = index, texts
+        self._block_size = order.shuffle_buffer or DOCUMENTS_PER_READ
         self.num_tokens = self.num_documents = 0
         self._go_to({"epoch": 0, "block": 0, "start": None, "taken": 0})
 
@@ -138,11 +139,11 @@ class DocumentReader:
             self._opened.load_state_dict(self._start)
         index, stride = self._stride
         # `iter`, as plain iteration would deal out files to the workers of a data loader once more.
-        batches = self._opened.iter(batch_size=stride * DOCUMENTS_PER_READ)
+        batches = self._opened.iter(batch_size=stride * min(DOCUMENTS_PER_READ, self._block_size))
         self._texts = (batch["text"][index::stride] for batch in batches)
 
     def _read_texts(self) -> list[str]:
-        size, texts = self.order.shuffle_buffer or DOCUMENTS_PER_READ, []
+        size, texts = self._block_size, []
         shown = self._index == 0 and self.order.shuffle_buffer and not self._block
         with tqdm(total=size, desc=f"filling the buffer of {self.name}", unit=" documents", leave=False,
                   disable=None if shown else True) as bar:  # fmt: skip
