@@ -14,11 +14,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from hf_minitron.adapters import LoraArguments
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import DistillArguments
 from hf_minitron.distill.stage import distill_checkpoint
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.timeout(900)  # the first test of the file waits for all processes
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER.parents[1] / "src"
 ENGINES = {"ddp": ("MULTI_CPU", None), "fsdp2": ("FSDP", None)} | {f"zero{n}": ("DEEPSPEED", n) for n in (1, 2, 3)}
@@ -51,6 +53,15 @@ def alone(tmp_path_factory, options):
     folder = tmp_path_factory.mktemp("alone") / "student"
     settings = SETTINGS | {"per_device_train_batch_size": 4, "save_strategy": "no"}
     distill_checkpoint(DistillArguments(**options), DistillationConfig(output_dir=str(folder), **settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone_with_lora(tmp_path_factory, options):
+    folder = tmp_path_factory.mktemp("alone") / "adapted"
+    settings = SETTINGS | {"per_device_train_batch_size": 4, "save_strategy": "no"}
+    lora = LoraArguments(lora_r=4, lora_target_modules=["q_proj", "down_proj"], use_dora=True)
+    distill_checkpoint(DistillArguments(**options), DistillationConfig(output_dir=str(folder), **settings), lora)
     return folder
 
 
@@ -108,3 +119,21 @@ def test_the_student_is_whole_and_exact_when_checkpoints_are_in_parts(processes,
     for name, value in weights.items():
         assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()), name
         assert (value - reference[name]).norm() < 0.1 * reference[name].norm(), name
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_sharded_adapters_train_and_are_merged(processes, alone_with_lora, student, engine):
+    """Under ZeRO-3 killed and resumed; what was not adapted is the source's, bit by bit."""
+    facts = json.loads((processes / f"{engine}-lora.json").read_text())
+    assert (facts["type"], facts["stage"]) == ENGINES[engine]
+    expected, log = train_log(alone_with_lora), train_log(processes / f"{engine}-lora")
+    assert [log[step]["loss"] for step in range(1, 7)] == pytest.approx(
+        [expected[step]["loss"] for step in range(1, 7)], rel=1e-5
+    )
+    weights = load_file(processes / f"{engine}-lora" / "model.safetensors")
+    reference, source = (load_file(f / "model.safetensors") for f in (alone_with_lora, student))
+    assert weights.keys() == reference.keys() == source.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-4)
+        assert torch.equal(value, source[name]) != name.endswith(("q_proj.weight", "down_proj.weight")), name
+    assert AutoModelForCausalLM.from_pretrained(processes / f"{engine}-lora").dtype == torch.float32

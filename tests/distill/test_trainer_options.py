@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.sharding import save_whole
 from hf_minitron.distill.trainer import DistillationTrainer
+from hf_minitron.whole_weights import save_whole
 
 helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
 tiny_llama, uneven_rows = helpers["tiny_llama"], helpers["uneven_rows"]
@@ -107,7 +107,9 @@ def test_a_lora_student_trains_its_adapters_alone(tmp_path):
 
 def test_a_lora_student_is_saved_merged(tmp_path):
     trainer, _, _ = train(tmp_path, lora_student(), max_steps=3)
+    before = copy.deepcopy(trainer.model.state_dict())
     save_whole(trainer, str(tmp_path / "merged"))
+    assert all(torch.equal(value, before[name]) for name, value in trainer.model.state_dict().items())
     ids = torch.arange(12)[None]
     with torch.no_grad():
         expected = trainer.model.eval()(ids).logits

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.timeout(900)  # the first test of the file waits for all processes
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER.parents[1] / "src"
 # The engine's name in accelerate, and how the student's and the teacher's parameters lie in a process.

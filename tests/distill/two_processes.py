@@ -33,6 +33,7 @@ IN_PARTS = {
     "zero3": ("--mixed_precision=bf16", "--zero3_save_16bit_model=false"),
     "fsdp2": ("--mixed_precision=bf16", "--fsdp_state_dict_type=SHARDED_STATE_DICT"),
 }
+LORA = ("--lora_r=4", "--lora_target_modules", "q_proj", "down_proj", "--use_dora=true")
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
 
@@ -125,7 +126,7 @@ def fsdp_on_cpus(wanted: bool = True) -> Iterator[None]:
 
 
 def stage_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
-    """Every engine is killed in its fifth step and goes on; two run again with checkpoints in parts."""
+    """Every engine is killed in its fifth step and goes on; two run again with checkpoints in parts, and with LoRA."""
     jobs = {}
     for engine in ENGINES:
         resumed = [*words, "--resume-from-checkpoint=true"]
@@ -133,6 +134,10 @@ def stage_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
         jobs[f"{engine}-resumed"] = (0, distill, (engine, folder / engine, resumed))
     for engine, options in IN_PARTS.items():
         jobs[f"{engine}-parts"] = (0, distill, (engine, folder / f"{engine}-parts", [*words, "--bf16=true"], options))
+    lora, resume = [*words, *LORA], ["--resume-from-checkpoint=true"]
+    jobs["zero3-lora-killed"] = (signal.SIGKILL, distill, ("zero3", folder / "zero3-lora", lora, [], 4))
+    jobs["zero3-lora"] = (0, distill, ("zero3", folder / "zero3-lora", lora + resume))
+    jobs["fsdp2-lora"] = (0, distill, ("fsdp2", folder / "fsdp2-lora", lora))
     return jobs
 
 

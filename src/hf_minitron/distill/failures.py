@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from transformers import TrainingArguments
 
+from hf_minitron.hardware import is_out_of_memory
+
 MAX_BATCHES = 64  # that are remembered; more would only fill memory where logs are rare
 
 
@@ -56,10 +58,12 @@ class BatchWatch:
 
 @contextmanager
 def advised_on_memory(args: TrainingArguments) -> Iterator[None]:
-    """Raises torch.OutOfMemoryError again with the settings that would help, the cheapest first."""
+    """Raises torch.OutOfMemoryError with the settings that would help, the cheapest first; on CPUs too."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise torch.OutOfMemoryError(f"{error}\n{_advice(args)}") from error
 
 

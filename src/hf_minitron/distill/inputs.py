@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, load_text, pack_rows
 from hf_minitron.distill.config import DistillationConfig
+from hf_minitron.distill.fingerprints import check_same_tokens
 from hf_minitron.distill.stream_inputs import data_seed, open_stream, stream_sources
 from hf_minitron.distill.teacher import check_quantization, load_model
 from hf_minitron.distill.teacher_cache import CachedTeacher
@@ -149,6 +150,8 @@ def load_inputs(
         teacher.check_tokenizer(tokenizer)
         max_length = teacher.check_length(max_length)
         drawn = teacher.manifest["data"]
+    elif (teacher_tokenizer := _find_tokenizer(teacher)) is not None:
+        check_same_tokens(tokenizer, teacher_tokenizer)
     max_length = check_row_length(student.config, max_length, "max_length")
     with PartialState().main_process_first():
         if sources is not None:
@@ -218,6 +221,13 @@ def read_rows(
     if most is not None and most < len(rows):
         rows = rows.select(range(most))
     return PackedRows(rows, describe_source(source, **how) | {"fingerprint": fingerprint_rows(rows)})
+
+
+def _find_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+    """The tokenizer beside a model's weights, if there is one."""
+    if not any((checkpoint.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
+        return None
+    return AutoTokenizer.from_pretrained(checkpoint.folder)
 
 
 def _train_rows(
