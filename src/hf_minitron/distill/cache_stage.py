@@ -14,7 +14,7 @@ from transformers import AutoTokenizer
 from hf_minitron.data import check_row_length
 from hf_minitron.distill.cache_writer import CacheFormat, TeacherFacts, processes, write_cache
 from hf_minitron.distill.fingerprints import hash_tokenizer
-from hf_minitron.distill.inputs import as_in_distill, held_out_rows, open_teacher, read_rows
+from hf_minitron.distill.inputs import as_in_distill, held_out_rows, open_teacher, read_rows, text_to_read
 from hf_minitron.distill.teacher import load_model
 from hf_minitron.hardware import parse_dtype
 
@@ -24,7 +24,7 @@ class CacheTeacherArguments:
     """Which teacher is asked about which rows, and what is kept of its answers."""
 
     teacher_model: str = field(metadata={"help": "Hub id or folder of the teacher."})
-    dataset: str = as_in_distill("dataset")
+    dataset: str = text_to_read()
     output_dir: str = field(metadata={"help": "Folder of the cache. An unfinished one with the same settings goes on."})
     kind: Literal["exact", "topk"] = field(
         default="exact",

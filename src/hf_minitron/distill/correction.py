@@ -31,21 +31,26 @@ from hf_minitron.distill.inputs import (
     read_rows,
     train_rows,
 )
-from hf_minitron.distill.run_folder import (
-    chosen_settings,
-    empty_folder,
-    find_resume,
-    save_trained,
-    save_trained_adapters,
-    told_of,
-)
 from hf_minitron.distill.sharding import shards_weights
+from hf_minitron.distill.stream_inputs import STREAM_OPTIONS, stream_sources
 from hf_minitron.distill.teacher import check_quantization
 from hf_minitron.distill.trained_weights import check_precision, choose_trained
 from hf_minitron.hardware import parse_dtype
 from hf_minitron.lineage import Stage
+from hf_minitron.mixes import MixSource
+from hf_minitron.row_stream import Stopping
+from hf_minitron.training import (
+    SCHEDULE,
+    empty_folder,
+    find_resume,
+    lora_settings,
+    save_trained,
+    save_trained_adapters,
+    told_settings,
+)
 
 LOG_FILE = "correction_log.json"
+_TOLD_ELSEWHERE = {"teacher_model", "dataset", "eval_dataset", "general_dataset", *STREAM_OPTIONS}
 logger = logging.getLogger(__name__)
 
 
@@ -54,7 +59,12 @@ class CorrectTeacherArguments:
     """Which teacher is corrected on which text, and what it must not forget."""
 
     teacher_model: str = field(metadata={"help": "Hub id or folder of the teacher."})
-    dataset: str = as_in_distill("dataset")
+    dataset: str | None = as_in_distill("dataset")
+    dataset_mix: str | None = as_in_distill("dataset_mix")
+    streaming: bool = as_in_distill("streaming")
+    shuffle_buffer: int | None = as_in_distill("shuffle_buffer")
+    dataset_epochs: int | None = as_in_distill("dataset_epochs")
+    stopping: Stopping = field(default="first", metadata=as_in_distill("stopping").metadata)
     dataset_config: str | None = as_in_distill("dataset_config")
     dataset_split: str = as_in_distill("dataset_split")
     text_column: str | None = as_in_distill("text_column")
@@ -122,13 +132,16 @@ def correct_teacher(
     """
     lora = lora or LoraArguments()
     _check_settings(arguments, config, lora)
-    stage = Stage("correct", settings=chosen_settings(arguments, config, ("method",)) | told_of(lora))
-    output_dir, resume = Path(config.output_dir), find_resume(config, arguments.overwrite)
+    sources = stream_sources(arguments, config)
+    settings = told_settings(arguments, config, TeacherCorrectionConfig, ("method", *SCHEDULE), _TOLD_ELSEWHERE)
+    stage = Stage("correct", settings=settings | lora_settings(lora))
+    output_dir = Path(config.output_dir)
+    resume = find_resume(output_dir, config.resume_from_checkpoint, arguments.overwrite)
     source = open_checkpoint(arguments.teacher_model, arguments.teacher_revision, arguments)
     tokenizer = own_tokenizer(source)
     max_length = check_row_length(source.config, arguments.max_length, "max_length")
     with PartialState().main_process_first():
-        train, held_out = _load_rows(arguments, config, tokenizer, max_length)
+        train, held_out = _load_rows(arguments, config, tokenizer, max_length, sources)
     if resume is None:
         empty_folder(output_dir)
     dtype = parse_dtype(arguments.teacher_dtype) or torch.float32
@@ -157,7 +170,7 @@ def correct_teacher(
     for warning in warnings if trainer.is_world_process_zero() else ():
         logger.warning("%s", warning)
     stage.inputs = {"teacher": source.source}
-    stage.data = {"max_length": max_length, "train": train.facts}
+    stage.data = {"max_length": max_length, "train": trainer.describe_stream() or train.facts}
     stage.data |= {name: rows.facts for name, rows in held_out.items()}
     stage.tokens = trainer.num_tokens_seen
     stage.metrics = {"before": before, "after": after} if after else None
@@ -220,9 +233,10 @@ def _load_rows(
     config: TeacherCorrectionConfig,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
+    sources: list[MixSource] | None,
 ) -> tuple[PackedRows, dict[str, PackedRows]]:
     """Rows to train on, and by name those to measure on."""
-    train = train_rows(arguments, config, tokenizer, max_length)
+    train = train_rows(arguments, config, tokenizer, max_length, sources)
     held_out = {"held_out": held_out_rows(arguments, tokenizer, max_length)}
     if arguments.general_dataset is not None:
         how = {"config_name": None, "split": arguments.general_split, "text_column": None}

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
@@ -95,13 +96,7 @@ class IntermediateStates(NoIntermediateStates):
         self, student: PreTrainedModel, teacher: Any, args: DistillationConfig, origin: StudentOrigin | None = None
     ) -> None:
         self.losses = tuple(args.intermediate_losses or ())
-        if not isinstance(teacher, nn.Module):
-            raise ValueError(
-                f"intermediate_losses={list(self.losses)} asks for hidden states of the teacher's layers, and "
-                f"{args.intermediate_layers or 'the default'} maps them, but this is a teacher without the hidden "
-                "states a mapping asks for: a cache holds what its head read or said. Give the teacher itself "
-                "(--teacher-model), or leave intermediate_losses out."
-            )
+        check_has_states(not isinstance(teacher, nn.Module), args)
         if args.activation_checkpointing and (args.activation_checkpointing_kwargs or {}).get("use_reentrant"):
             raise ValueError(REENTRANT)
         origin = origin or StudentOrigin()
@@ -128,6 +123,12 @@ class IntermediateStates(NoIntermediateStates):
         )
 
     def join(self, trainer: Trainer) -> None:
+        if self.projection is not None and trainer.is_fsdp_enabled and isinstance(self._student, PeftModel):
+            raise ValueError(
+                f"intermediate_losses={list(self.losses)} learn a projection to the teacher's width, and the "
+                "checkpoints of adapters under FSDP leave it out, so that the run could not be resumed. Use DDP or "
+                "DeepSpeed, train without adapters, or leave intermediate_losses out."
+            )
         self._saves_itself = not (trainer.is_deepspeed_enabled or trainer.is_fsdp_enabled)
         self.weight.join(trainer)
 
@@ -214,12 +215,21 @@ class IntermediateStates(NoIntermediateStates):
         return {"intermediate_weight": self.weight.last}
 
     def _attach(self, wanted: bool) -> None:
-        if self.projection is None or wanted == hasattr(self._student, PROJECTION):
-            return
-        if wanted:
-            setattr(self._student, PROJECTION, self.projection)
-        else:
+        if wanted and self.projection is not None:
+            setattr(self._student, PROJECTION, self.projection)  # also over that of a trainer that never trained
+        elif hasattr(self._student, PROJECTION):
             delattr(self._student, PROJECTION)
+
+
+def check_has_states(cached: bool, args: DistillationConfig) -> None:
+    """Raises ValueError when states are asked for of a teacher that is cached."""
+    if cached and args.intermediate_losses:
+        raise ValueError(
+            f"intermediate_losses={args.intermediate_losses} asks for hidden states of the teacher's layers, and "
+            f"{args.intermediate_layers or 'the default'} maps them, but this is a teacher without the hidden states a "
+            "mapping asks for: a cache holds what its head read or said. Give the teacher itself (--teacher-model), or "
+            "leave intermediate_losses out."
+        )
 
 
 def _make_projection(

@@ -14,18 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments, get_scheduler
 
-from hf_minitron.adapters import LoraArguments
+from hf_minitron.adapters import LoraArguments, merged_copy, plain_state
+from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.distill.head_loss import head_cross_entropy
 from hf_minitron.distill.sharding import shards_weights
 from hf_minitron.distill.teacher import HeadTargets, LiveTeacher
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trained_weights import DEFAULT_RANK, check_method, check_precision, choose_trained
 from hf_minitron.hardware import parse_dtype
+from hf_minitron.lineage import Stage, settings_dict
+from hf_minitron.training import write_checkpoint
 
 CORRECTION_FILE = "teacher_correction.safetensors"  # in a checkpoint of the training
 
@@ -92,11 +96,28 @@ class ParallelCorrection:
         if self.teacher_warmup_steps < 0:
             raise ValueError(f"teacher_warmup_steps={self.teacher_warmup_steps} is negative: use 0 for none.")
 
+    def settings(self) -> dict[str, Any]:
+        """What the lineage says of it; nothing where the teacher is not corrected."""
+        told = {} if self.teacher_correction is None else settings_dict(self)
+        return {name: value for name, value in told.items() if name != "corrected_teacher_dir"}
+
     @property
     def lora(self) -> LoraArguments:
         """The adapters' settings, for the method that has some."""
         rank = self.teacher_lora_r or DEFAULT_RANK
         return LoraArguments(lora_r=rank, lora_target_modules=self.teacher_lora_target_modules)
+
+
+def save_teacher(trainer: Trainer, source: Checkpoint, output_dir: Path, stage: Stage) -> None:
+    """Writes a teacher that was corrected while it taught, and is whole in every process; its adapters are merged."""
+    if trainer.is_world_process_zero():
+        gathered = output_dir / ".gathered.tmp"
+        teacher = trainer.teacher_model
+        if isinstance(teacher, PeftModel):
+            teacher = merged_copy(teacher, plain_state(teacher))
+        teacher.save_pretrained(gathered)
+        write_checkpoint(gathered, source, output_dir, stage)
+    trainer.accelerator.wait_for_everyone()
 
 
 def check_correction(arguments: Any, correction: ParallelCorrection) -> Any:

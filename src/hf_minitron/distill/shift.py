@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from hf_minitron.data import check_row_length
 from hf_minitron.distill.correction import own_tokenizer
 from hf_minitron.distill.head_loss import head_cross_entropy
-from hf_minitron.distill.inputs import as_in_distill, load_checked, open_checkpoint, read_rows
+from hf_minitron.distill.inputs import as_in_distill, load_checked, open_checkpoint, read_rows, text_to_read
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 from hf_minitron.distill.teacher import last_hidden
 from hf_minitron.distill.token_distance import Distance, compare_texts, divergence_by_token, token_shares
@@ -36,7 +36,7 @@ class ShiftArguments:
     """Which teacher, and which text it is to teach on."""
 
     teacher_model: str = field(metadata={"help": "Hub id or folder of the teacher."})
-    dataset: str = as_in_distill("dataset")
+    dataset: str = text_to_read()
     dataset_config: str | None = as_in_distill("dataset_config")
     dataset_split: str = as_in_distill("dataset_split")
     text_column: str | None = as_in_distill("text_column")

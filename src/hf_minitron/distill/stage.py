@@ -23,22 +23,17 @@ from hf_minitron.distill.inputs import (
     open_checkpoint,
 )
 from hf_minitron.distill.layer_pairs import StudentOrigin, read_origin
-from hf_minitron.distill.parallel_correction import ParallelCorrection, check_correction
-from hf_minitron.distill.run_folder import (
-    chosen_settings,
-    empty_folder,
-    find_resume,
-    save_teacher,
-    save_trained,
-    told_of,
-)
+from hf_minitron.distill.parallel_correction import ParallelCorrection, check_correction, save_teacher
 from hf_minitron.distill.state_losses import LOSS_NAMES
+from hf_minitron.distill.stream_inputs import STREAM_OPTIONS
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.lineage import Stage
+from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_settings, save_trained, told_settings
 
 LOG_FILE = "distill_log.json"
-ALWAYS_TOLD = ("divergence", "temperature", "ce_weight")  # in the lineage, also where they are the default
+_ALWAYS_TOLD = ("divergence", "temperature", "ce_weight", *SCHEDULE)
+_TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset", *STREAM_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -75,10 +70,9 @@ def distill_checkpoint(
     corrects = correction.teacher_correction is not None
     if corrects:
         arguments = check_correction(arguments, correction)
-    stage = Stage(
-        "distill", settings=chosen_settings(arguments, config, ALWAYS_TOLD) | told_of(lora) | told_of(correction)
-    )
-    output_dir, resume = Path(config.output_dir), find_resume(config, arguments.overwrite)
+    stage = Stage("distill", settings=_settings(arguments, config) | lora_settings(lora) | correction.settings())
+    output_dir = Path(config.output_dir)
+    resume = find_resume(output_dir, config.resume_from_checkpoint, arguments.overwrite)
     if correction.corrected_teacher_dir is not None:
         check_output_dir(correction.corrected_teacher_dir, arguments.overwrite or resume is not None)
     student = open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
@@ -109,7 +103,7 @@ def distill_checkpoint(
     after = _metrics(trainer.evaluate()) if held_out else {}
     report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
     stage.inputs = {"student": student.source, "teacher": inputs.teacher.source}
-    stage.data = {"max_length": inputs.max_length, "train": train.facts}
+    stage.data = {"max_length": inputs.max_length, "train": trainer.describe_stream() or train.facts}
     stage.data |= {"held_out": held_out.facts} if held_out else {}
     stage.tokens = report.num_tokens
     stage.metrics = {"before": before, "after": after} if after else None
@@ -119,6 +113,10 @@ def distill_checkpoint(
         stage.metrics = {when: {"held_out": _of_teacher(found)} for when, found in (stage.metrics or {}).items()}
         save_teacher(trainer, inputs.teacher, Path(correction.corrected_teacher_dir), stage)
     return report
+
+
+def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[str, Any]:
+    return told_settings(arguments, config, DistillationConfig, _ALWAYS_TOLD, _TOLD_ELSEWHERE)
 
 
 def _of_teacher(metrics: dict[str, float]) -> dict[str, float]:

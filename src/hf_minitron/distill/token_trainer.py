@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel
 
 from hf_minitron.distill.compatibility import backbone
 from hf_minitron.distill.config import TokenMeanArguments
@@ -21,12 +21,13 @@ from hf_minitron.distill.failures import BatchWatch, advised_on_memory
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 from hf_minitron.distill.measures import BatchLosses, Measures, TokensSeen, perplexity
 from hf_minitron.distill.sharding import prepared_evaluation, redirected_forward
+from hf_minitron.distill.stream_training import StreamTrainer
 from hf_minitron.distill.throughput import Throughput
 
 Collator = Callable[[Sequence[Mapping[str, Any]]], dict[str, Tensor]]
 
 
-class TokenMeanTrainer(Trainer):
+class TokenMeanTrainer(StreamTrainer):
     """Trains `model` on a loss that is a mean over targets, the same under any accumulation, padding and processes.
 
     Rows are dicts with `input_ids` and optionally `labels`, where -100 marks positions that are no targets. Loss and

@@ -8,6 +8,7 @@ leaves only its last hidden state.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -34,8 +35,9 @@ class DistillationTrainer(TokenMeanTrainer):
     Rows are dicts with `input_ids` and optionally `labels`, where -100 marks positions that are no targets. Loss and
     metrics are means over the targets of the whole global batch, whatever the gradient accumulation, the padding and
     the number of processes. `teacher_model` is frozen, put in eval mode and moved to the device; it is never saved. It
-    may also be a `CachedTeacher`: then all rows must be in its cache, which is checked here, and none runs. With
-    `teacher_correction` the teacher is trained on the text meanwhile, by a step after each of the student's.
+    may also be a `CachedTeacher`: then all rows must be in its cache, which is checked here, and none runs. The rows of
+    a `RowStream` as `train_dataset` are only looked up when they come. With `teacher_correction` the teacher is trained
+    on the text meanwhile, by a step after each of the student's.
 
     `loss` is what is minimised. Train logs add `kl`, which is KL(teacher || student) whatever the divergence, so that
     runs compare (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
@@ -43,6 +45,10 @@ class DistillationTrainer(TokenMeanTrainer):
     trained on so far, `tokens_per_second` and, on known GPUs, `flop_utilisation`. Evaluation reports averages and
     perplexities over the whole set. All in nats, but for the loss where it compares logits. With a top-k cache `kl` is
     that over the kept tokens and the rest, and the teacher's own loss is not known.
+
+    `args.intermediate_losses` adds P1's losses between states inside both models (`intermediate.py`), logged by name,
+    with their weight; evaluation keeps them out of its loss. `student_origin` (`layer_pairs.read_origin`) says which
+    layers and channels of the teacher the student was cut from, for the default of what is compared.
 
     Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
     """
@@ -160,3 +166,7 @@ class DistillationTrainer(TokenMeanTrainer):
             if self.correction is not None:
                 self.correction.load(checkpoint)
         super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with nullcontext() if self.is_fsdp_enabled else self._states.detached():  # FSDP's own files have all parts
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
