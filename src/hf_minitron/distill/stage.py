@@ -74,6 +74,10 @@ def distill_checkpoint(
     output_dir = Path(config.output_dir)
     resume = find_resume(output_dir, config.resume_from_checkpoint, arguments.overwrite)
     if correction.corrected_teacher_dir is not None:
+        if Path(correction.corrected_teacher_dir).resolve() == output_dir.resolve():
+            raise ValueError(
+                f"corrected_teacher_dir and output_dir are both {output_dir}: give one of its own to each."
+            )
         check_output_dir(correction.corrected_teacher_dir, arguments.overwrite or resume is not None)
     student = open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
     if inputs is None:
