@@ -215,7 +215,7 @@ def correction_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
         parallel = [*distilling, "--teacher-correction=full", f"--corrected-teacher-dir={target}-teacher"]
         if engine == "ddp":
             jobs["parallel-killed"] = (signal.SIGKILL, distill, (engine, target, parallel, (), 4))
-            parallel += resume
+            parallel = parallel + resume
         jobs[f"{engine}-parallel"] = (0, distill, (engine, target, parallel))
     for engine in ("zero3", "fsdp2"):
         refused = [*distilling, "--teacher-correction=norm"]

@@ -34,6 +34,7 @@ from hf_minitron.distill.inputs import (
 from hf_minitron.distill.sharding import shards_weights
 from hf_minitron.distill.stream_inputs import STREAM_OPTIONS, stream_sources
 from hf_minitron.distill.teacher import check_quantization
+from hf_minitron.distill.throughput import count_trained
 from hf_minitron.distill.trained_weights import check_precision, choose_trained
 from hf_minitron.hardware import parse_dtype
 from hf_minitron.lineage import Stage
@@ -149,7 +150,7 @@ def correct_teacher(
     how = (arguments.teacher_quantization, device_map)
     model = load_checked(source, dtype, arguments.trust_remote_code, *how)
     model = choose_trained(model, config.method, lora, config.seed)
-    num_trained = sum(value.numel() for value in model.parameters() if value.requires_grad)
+    num_trained = count_trained(model)
     trainer = CorrectionTrainer(
         model,
         config,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.data import check_row_length
 from hf_minitron.distill.correction import own_tokenizer
@@ -164,15 +164,16 @@ def sample_rows(
             "The tokenizer has neither a bos nor an eos token, so the teacher has nothing to begin its samples with. "
             "Give --reference-dataset."
         )
-    set_seed(seed)
-    how = GenerationConfig(
-        do_sample=True, top_k=0, max_new_tokens=length - 1, min_new_tokens=length - 1, pad_token_id=start
-    )
-    how.eos_token_id = how.max_length = None
+    generator = torch.Generator(model.device).manual_seed(seed)
     rows = []
     for done in tqdm(range(0, count, batch_size), desc="sampling", unit=" batches", disable=None):
-        first = torch.full((min(batch_size, count - done), 1), start, device=model.device)
-        rows.append(model.generate(first, attention_mask=torch.ones_like(first), generation_config=how).cpu().numpy())
+        ids, past = torch.full((min(batch_size, count - done), 1), start, device=model.device), None
+        for _ in range(length - 1):  # `generate` would stop at the end of a document, or never write one
+            found = model(ids[:, -1:], past_key_values=past, use_cache=True, logits_to_keep=1)
+            past = found.past_key_values
+            shares = found.logits[:, -1].float().softmax(-1)
+            ids = torch.cat([ids, torch.multinomial(shares, 1, generator=generator)], dim=1)
+        rows.append(ids.cpu().numpy())
     return np.concatenate(rows)
 
 

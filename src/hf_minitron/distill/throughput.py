@@ -64,5 +64,10 @@ def count_matrix_parameters(model: PreTrainedModel, trained: bool = False) -> in
     return sum(_numel(p) for p in parameters)
 
 
+def count_trained(model: nn.Module) -> int:
+    """Parameters that require a gradient; sharded ones count whole."""
+    return sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
 def _numel(parameter: nn.Parameter) -> int:
     return getattr(parameter, "ds_numel", None) or parameter.numel()
