@@ -81,7 +81,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--rows", type=int, help="of a step")
     parser.add_argument("--row-length", type=int, help="tokens of a row")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS, help=f"{OURS} is always run")
-    parser.add_argument("--steps", type=int, default=3, help="timed, of a turn")
+    parser.add_argument("--steps", type=int, default=2, help="timed, of a turn")
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--modelopt-python", default=MODELOPT_PYTHON if MODELOPT_PYTHON.exists() else sys.executable)
     parser.add_argument("--json", action="store_true")
