@@ -120,7 +120,8 @@ def test_the_command_compares_with_samples_and_draws(tmp_path, capsys, tiny_chec
     [
         (0.01, 0.05, 0.1, "the same kind of text. Correction has little to give"),
         (0.01, 0.5, 0.1, "somewhat different text. Try a short correction"),
-        (0.1, 0.0, 0.1, "somewhat different text"),
+        (0.1, 0.19, 0.1, "the same kind of text"),
+        (0.3, 0.0, 0.1, "somewhat different text"),
         (0.3, 1.5, 0.1, "another kind of text. Correct the teacher first"),
     ],
 )
