@@ -85,7 +85,13 @@ def test_the_teachers_steps_are_those_of_a_plain_loop(tmp_path):
         batches.append((inputs["input_ids"], inputs.get("attention_mask"), following))
         return learn(inputs, following, factor)
 
-    trainer.correction.learn = recorded
+    gradients, step_end = [], trainer.correction.on_step_end  # Adam and clipping would hide a wrong scale
+
+    def watched(*args, **kwargs):
+        gradients.append({name: value.grad.clone() for name, value in teacher.named_parameters()})
+        step_end(*args, **kwargs)
+
+    trainer.correction.learn, trainer.correction.on_step_end = recorded, watched
     trainer.train()
     decayed = {name: p for name, p in reference.named_parameters() if "norm" not in name}
     others = [p for name, p in reference.named_parameters() if "norm" in name]
@@ -100,6 +106,8 @@ def test_the_teachers_steps_are_those_of_a_plain_loop(tmp_path):
         for ids, mask, following in pairs:
             logits = reference(ids, attention_mask=mask).logits.flatten(0, 1)
             (nn.functional.cross_entropy(logits, following, reduction="sum") / count).backward()
+        for name, value in reference.named_parameters():
+            torch.testing.assert_close(gradients[step][name], value.grad, rtol=1e-3, atol=1e-6, msg=name)
         nn.utils.clip_grad_norm_(reference.parameters(), 0.5)
         optimizer.step()
         optimizer.zero_grad()
