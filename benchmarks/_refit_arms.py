@@ -44,7 +44,9 @@ SUBJECTS = {
         SHARED / "models" / "stories260k-hf", {25: (56, 132), 50: (48, 84), 66: (32, 88)}, (1e-3, 2e-3, 4e-3, 8e-3)
     ),
     "656k": Subject(
-        SHARED / "models" / "tinystories-656k", {25: (104, 320), 50: (80, 200), 66: (56, 160)}, (1e-3, 2e-3, 4e-3, 8e-3)
+        SHARED / "models" / "tinystories-656k",
+        {25: (104, 320), 50: (80, 200), 66: (56, 160)},
+        (2e-3, 4e-3, 8e-3, 1.6e-2),
     ),
 }
 METHODS = {

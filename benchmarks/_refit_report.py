@@ -75,8 +75,12 @@ def report_curves(arms: list[Arm]) -> str:
                 own = at_best_rate(arms, **where, method=method)
                 if not own or not plain:
                     continue
-                tried = sorted({arm["rate"] for arm in arms if where.items() <= arm.items() and arm["method"] == method})
-                ratios = [crossing(arm["curve"], plain[arm["seed"]]["curve"][-1][1]) for arm in own if arm["seed"] in plain]
+                tried = sorted(
+                    {arm["rate"] for arm in arms if where.items() <= arm.items() and arm["method"] == method}
+                )
+                ratios = [
+                    crossing(arm["curve"], plain[arm["seed"]]["curve"][-1][1]) for arm in own if arm["seed"] in plain
+                ]
                 rows.append(
                     (
                         model,

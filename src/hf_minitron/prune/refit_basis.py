@@ -25,13 +25,15 @@ class Basis:
 
     A folded reader W becomes W ``read``. ``gain`` is what norms over d' channels multiply by so that kept directions
     come out as large as they were: √(d ρ / d') with ρ the share of the normed stream's energy that is kept.
-    ``kept_channels`` is None for a rotation.
+    ``kept_channels`` is None for a rotation. ``norm_ratio`` is rms(D h) / rms(h), on average over tokens: ``read`` holds
+    it, and a tied head, which cannot, leaves it to the last norm.
     """
 
     write: Tensor
     read: Tensor
     gain: float
     kept_channels: list[int] | None
+    norm_ratio: float = 1.0
 
     @property
     def rotated(self) -> bool:
@@ -92,7 +94,7 @@ def rotation_basis(directions: Tensor, covariance: Tensor, scale: Tensor | None 
     ratio = (covariance.trace() / (covariance.diagonal() / scale.square()).sum()).sqrt()
     write, read = (scale[:, None] * directions).T, ratio * directions / scale[:, None]
     share = float(((directions.T @ covariance) * directions.T).sum() / covariance.trace())
-    return Basis(write.float().contiguous(), read.float().contiguous(), _gain(directions, share), None)
+    return Basis(write.float().contiguous(), read.float().contiguous(), _gain(directions, share), None, float(ratio))
 
 
 def select_channels(statistics: StreamStatistics, keep: int, by_elimination: bool = True) -> Basis:

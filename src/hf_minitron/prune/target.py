@@ -24,6 +24,7 @@ REFIT_PARTS = (  # what ``refit_without`` may leave out
     "readers",
     "writers",
     "compensation",
+    "gain",
     "embedding",
     "guard",
 )
