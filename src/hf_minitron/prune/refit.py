@@ -24,6 +24,7 @@ from hf_minitron.prune.refit_ends import TokenMeans, embed_in, trimmed_norms
 from hf_minitron.prune.refit_half import HalfRefit, KeptOfLayers, Walk
 from hf_minitron.prune.refit_head import HeadRefit
 from hf_minitron.prune.refit_judge import Refitted, judge, plan_by_energy
+from hf_minitron.prune.refit_memory import stream_bytes
 from hf_minitron.prune.refit_observe import StreamObserver
 from hf_minitron.prune.refit_streams import StreamStore, split_rows
 from hf_minitron.prune.target import PruneConfig, build_empty, source_sizes, target_config, target_sizes
@@ -77,6 +78,7 @@ class _Refitter:
         self.family, self.tied = get_family(config), bool(config.tie_word_embeddings)
         self._source = source
         self.sizes, self.source_sizes = target_sizes(config, prune), source_sizes(config)
+        self.room = stream_bytes(prune.stats_memory, self.sizes, self.source_sizes, get_head_dim(config))
         whole = Trimmer(source, config, keep_all(config))
         self.dtype = dtype or whole.config.dtype
         self.big = LayerwiseModel(config, whole.trim, device)
@@ -90,7 +92,7 @@ class _Refitter:
 
     def run(self, bar: tqdm, basis: Basis | None, sliced_plan: PrunePlan | None) -> Refitted:
         hidden = self.sizes["hidden_size"]
-        observer = StreamObserver(self.big, self.batches, self.prune, hidden)
+        observer = StreamObserver(self.big, self.batches, self.prune, hidden, self.room / 2)
         if basis is None and hidden == self.source_sizes["hidden_size"]:
             basis = identity_basis(hidden, self.device)
         basis = basis or observer.choose(bar)
@@ -104,7 +106,7 @@ class _Refitter:
             return found
         sliced_plan = sliced_plan or plan_by_energy(self.walk.kept, self.kept_layers, observer.energies)
         sliced = Trimmer(self._source, self.config, sliced_plan, self.dtype)
-        return judge(found, sliced, sliced_plan, self.batches, self.device, self.prune.stats_memory * 1e9 / 4)
+        return judge(found, sliced, sliced_plan, self.batches, self.device, self.room / 4)
 
     def _check_tokens(self) -> None:
         width = max(self.config.hidden_size, self.config.intermediate_size)
@@ -123,11 +125,11 @@ class _Refitter:
             )
 
     def _start(self, basis: Basis) -> Walk:
-        share = self.prune.stats_memory * 1e9 / 4
+        share = self.room / 4
         kept = KeptOfLayers(self.sizes, self.source_sizes, get_head_dim(self.config))
         kept.kept_hidden = basis.kept_channels or []
         before, after = StreamStore(share), StreamStore(share)
-        walk = Walk(self.batches, basis, self.prune, kept, before, after, self.device)
+        walk = Walk(self.batches, basis, self.prune, kept, before, after, self.device, share)
         for number, batch in enumerate(self.batches):
             before[number] = self.big.embed(batch.input_ids)
         embedding = self.big.model.get_parameter(self.family.embedding)
@@ -217,6 +219,7 @@ class _Refitter:
                 for name, tensor in small.module.named_parameters():
                     self.tensors[self.family.layer_name(target, name)] = tensor.to("cpu", self.dtype, copy=True)
             self.info["layers"][str(index)] = report
+            _log_layer(index, report)
             bar.update(following - index)
 
     def _step(self) -> None:
@@ -252,3 +255,14 @@ class _Refitter:
             kept_key_value_heads=kept.kept_key_value_heads,
             info=self.info | without | {"moments_sha256": self.walk.fingerprint.hexdigest()},
         )
+
+
+def _log_layer(index: int, report: dict[str, dict[str, Any]]) -> None:
+    """One line: error on held-out rows before and after, and the effective rank of what each projection reads."""
+    parts = [
+        f"{name.rpartition('.')[2]} {fit['before']:.3g} -> {fit['after']:.3g} (rank {fit['effective_rank']:.0f})"
+        for name, fit in report.items()
+        if fit["before"] is not None
+    ]
+    if parts:
+        logger.info("layer %d, relative error of slicing -> refit (effective rank): %s", index, ", ".join(parts))

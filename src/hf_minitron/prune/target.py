@@ -89,7 +89,8 @@ class PruneConfig:
         default_factory=list, metadata={"help": f"Parts of refit to leave out: {' '.join(REFIT_PARTS)}."}
     )
     stats_memory: float = field(
-        default=8.0, metadata={"help": "GB of memory for refit's residual streams; what is beyond goes to disk."}
+        default=8.0,
+        metadata={"help": "GB of memory for refit's moments and residual streams; streams beyond it go to disk."},
     )
 
     def __post_init__(self) -> None:
