@@ -159,7 +159,7 @@ def test_refit_is_closer_to_the_source_than_slicing(build_model, logits):
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
 def test_batches_and_disk_change_nothing(build_model, half_of, rows, logits, family):
     model, results = build_model(family), []
-    for batch_size, memory in ((7, 8.0), (2, 0.0)):
+    for batch_size, memory in ((7, 8.0), (2, 9e-5)):  # 90 kB: hardly more than the moments take
         config = half_of(model.config, method="refit", refit_without=["guard"], stats_memory=memory)
         pruner = PrunerForCausalLM(model)
         found = pruner.prune(config, rows.tolist(), batch_size=batch_size, progress=False)

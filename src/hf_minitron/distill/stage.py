@@ -18,6 +18,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_minitron.checkpoint import Checkpoint, check_output_dir, copy_companions, write_tensors
+from hf_minitron.distill.advice import log_advice
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import (
@@ -81,6 +82,7 @@ def distill_checkpoint(
     train, held_out = inputs.train, inputs.held_out
     tokenizer = AutoTokenizer.from_pretrained(student.folder)
     student_model = load_checked(student, torch.float32, arguments.trust_remote_code)
+    log_advice(student.folder, config.learning_rate)
     trainer = DistillationTrainer(
         model=student_model,
         teacher_model=inputs.teacher_model,

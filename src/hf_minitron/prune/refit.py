@@ -23,7 +23,7 @@ from hf_minitron.prune.refit_basis import Basis, identity_basis
 from hf_minitron.prune.refit_ends import TokenMeans, embed_in, trimmed_norms
 from hf_minitron.prune.refit_half import HalfRefit, KeptOfLayers, Walk
 from hf_minitron.prune.refit_head import HeadRefit
-from hf_minitron.prune.refit_judge import Refitted, judge, plan_by_energy
+from hf_minitron.prune.refit_judge import Refitted, judge, mean_loss, plan_by_energy
 from hf_minitron.prune.refit_memory import stream_bytes
 from hf_minitron.prune.refit_observe import StreamObserver
 from hf_minitron.prune.refit_streams import StreamStore, split_rows
@@ -106,7 +106,13 @@ class _Refitter:
             return found
         sliced_plan = sliced_plan or plan_by_energy(self.walk.kept, self.kept_layers, observer.energies)
         sliced = Trimmer(self._source, self.config, sliced_plan, self.dtype)
-        return judge(found, sliced, sliced_plan, self.batches, self.device, self.room / 4)
+        pairs = (
+            (self.walk.load(self.walk.before, number), batch.input_ids)
+            for number, batch in enumerate(self.batches)
+            if batch.held_out
+        )
+        source_loss = mean_loss(self.big, pairs)
+        return judge(found, sliced, sliced_plan, source_loss, self.batches, self.device, self.room / 4)
 
     def _check_tokens(self) -> None:
         width = max(self.config.hidden_size, self.config.intermediate_size)

@@ -108,18 +108,19 @@ class _Objective:
 
     def differentiate(self, gain: Tensor) -> tuple[float, Tensor, Tensor]:
         """The loss, its gradient (d',), and the mean covariance of the small head's rows as predicted, (d', d')."""
-        total, gradient, outer, probability = 0.0, 0.0, 0.0, 0.0
-        weight, transform = self.heads.small, self.heads.transform
+        total, gradient, outer, probability, steepness = 0.0, 0.0, 0.0, 0.0, 0.0
+        weight = self.heads.small
         for x, target in self._chunks():
             loss, predicted, slope = self._evaluate(x, target, gain)
             mean_row = predicted @ weight
             total += loss
+            steepness += len(x) * float(torch.as_tensor(slope).square().mean())
             gradient = gradient + (x * (((predicted - target[0]) * slope) @ weight)).sum(0).double()
             outer = outer + (mean_row.T @ mean_row).double()
             probability = probability + predicted.sum(0).double()
         count, exact = len(self.inputs.small), weight.double()
         spread = (exact.T * (probability / count)) @ exact - outer / count
-        return total / count, gradient / count, transform.scale**2 * spread
+        return total / count, gradient / count, steepness / count * spread
 
     def _chunks(self) -> Iterator[tuple[Tensor, tuple[Tensor, Tensor]]]:
         """By chunk, what the small head reads, and the source's probabilities with their entropy in nats, summed."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -53,6 +53,7 @@ def judge(
     found: Refitted,
     sliced: Trimmer,
     sliced_plan: PrunePlan,
+    source_loss: float,
     batches: Sequence[Batch],
     device: torch.device,
     max_bytes: float,
@@ -62,7 +63,11 @@ def judge(
         name: held_out_loss(found.config, model.trim, batches, device, max_bytes)
         for name, model in (("refit", found), ("sliced", sliced))
     }
-    found.plan.info["held_out_loss"] = losses
+    found.plan.info["held_out_loss"] = losses | {"source": source_loss}
+    logger.info(
+        "loss on held-out calibration rows: source %.3f, refit %.3f, sliced %.3f",
+        *(source_loss, losses["refit"], losses["sliced"]),
+    )
     if losses["refit"] <= losses["sliced"]:
         return found
     logger.warning(
@@ -93,8 +98,16 @@ def held_out_loss(
         with model.layer(index) as layer:
             for number in range(len(batches)):
                 states[number] = layer.run(states[number].to(device))
-    sums = [model.loss(states[number].to(device), batch.input_ids).sum() for number, batch in enumerate(batches)]
-    return float(sum(sums)) / sum(batch.input_ids[:, 1:].numel() for batch in batches)
+    return mean_loss(model, ((states[number].to(device), batch.input_ids) for number, batch in enumerate(batches)))
+
+
+def mean_loss(model: LayerwiseModel, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean next-token loss in nats, from states that have left the last layer and their token ids."""
+    total, count = 0.0, 0
+    for states, input_ids in pairs:
+        total += float(model.loss(states, input_ids).sum())
+        count += input_ids[:, 1:].numel()
+    return total / count
 
 
 def plan_of_slicing(config: PreTrainedConfig, prune: PruneConfig, scores: ImportanceScores | None) -> PrunePlan | None:

@@ -17,14 +17,14 @@ def moment_bytes(sizes: dict[str, int], source: dict[str, int], head_dim: int) -
         "neurons": [size["intermediate_size"] for size in (source, sizes)],
     }
     reading = 2 * small * small + 2 * d * small + d * d  # fitted and held-out rows; targets' of the latter
-    found = {"readers": reading + small * small}
+    found = {"readers": reading + 2 * small * small}
     if small < d:
         found["directions"] = 10 * d * d
     for part, (before, after) in inner.items():
         if after < before:
-            # Gathered beside what readers need: the moments, then their inverse beside them, and the writer's weight.
-            found[f"the choice of {part}"] = reading + 2 * before * before + 3 * small * before
-        found[f"the writer of {part}"] = 3 * after * after + 4 * small * after + small * small
+            # Beside what readers need: the moments, their inverse, a copy while inverting, and the writer's weight.
+            found[f"the choice of {part}"] = reading + 3 * before * before + 3 * small * before
+        found[f"the writer of {part}"] = 4 * after * after + 4 * small * after + small * small
     return {part: BYTES * count for part, count in found.items()}
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from hf_minitron.architectures import PER_LAYER_KEYS, get_family, get_head_dim
 from hf_minitron.prune.depth import METRICS, PATTERNS, check_dropped_layers
@@ -177,7 +178,7 @@ def target_config(
 
 def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None = None):
     """The model of a config on the meta device: names, shapes and counts without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
