@@ -76,7 +76,6 @@ class Bench:
     seed: int
     folder: Path
     num_calibration: int
-    num_training: int
     num_held_out: int
     scoring_seconds: float | None = None
     _states: dict[int, torch.Tensor] = field(default_factory=dict)

@@ -118,7 +118,7 @@ def report_shorter(arms: list[Arm]) -> str:
 
 
 def plot(arms: list[Arm], folder: Path) -> list[Path]:
-    """A picture for every model, target and number of steps: the loss along distillation, at each method's best rate."""
+    """A picture for every model, target and number of steps: loss along distillation, at each method's best rate."""
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for model, target in targets(arms):

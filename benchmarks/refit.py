@@ -26,6 +26,7 @@ from typing import Any
 
 from _measuring import describe_machine
 from _refit_arms import METHODS, SUBJECTS, Bench
+from _refit_cost import measure_cost, report_cost
 from _refit_report import best_rate, plot, report
 from transformers.utils import logging as transformers_logging
 
@@ -38,12 +39,21 @@ def main() -> None:
     """Measures what is missing and prints, or only prints."""
     options = parse_options()
     transformers_logging.disable_progress_bar()
+    if options.cost:
+        with tempfile.TemporaryDirectory() as folder:
+            benches = [
+                Bench(model, 0, Path(folder), options.calibration_rows, options.eval_rows) for model in options.models
+            ]
+            costs = [measure_cost(bench, options.targets[0]) for bench in benches]
+        print(json.dumps(costs, indent=2) if options.json else report_cost(costs))
+        return
     if options.report:
         arms = load(options.results or COMMITTED)
     else:
         with tempfile.TemporaryDirectory() as folder:
             results = options.results or Path(folder) / "arms.jsonl"
-            arms = measure(options, results, Path(folder))
+            asked = measure(options, results, Path(folder))
+            arms = asked if options.json else load(results)
     if options.plot_dir:
         plot(arms, options.plot_dir)
     facts = {"settings": vars(options), "machine": describe_machine(), "arms": arms}
@@ -64,6 +74,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--eval-rows", type=int, default=32)
     parser.add_argument("--results", type=Path, help="file of arms, read and appended to")
+    parser.add_argument("--cost", action="store_true", help="instead of all else, what each part of a refit costs")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--plot-dir", type=Path, help="folder for the curves, as PNG")
     parser.add_argument("--json", action="store_true")
@@ -105,7 +116,7 @@ def measure_seed(
                     found = next((arm for arm in load(results) if key.items() <= arm.items()), None)
                     if found is None:
                         folder.mkdir(exist_ok=True)
-                        held = options.calibration_rows, options.steps * options.rows_per_step, options.eval_rows
+                        held = options.calibration_rows, options.eval_rows
                         bench = bench or Bench(model, seed, folder, *held)
                         if student is None:
                             student, facts = bench.prune(target, method)
