@@ -52,6 +52,25 @@ def test_unknown_commands_and_options_are_refused(capsys, tiny_checkpoint):
     assert "takes MODEL first, then options" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory."), MemoryError("no room")])
+def test_running_out_of_memory_is_told_without_a_traceback(capsys, monkeypatch, tiny_checkpoint, error):
+    def fail(*arguments):
+        raise error
+
+    monkeypatch.setattr("hf_minitron.prune.preview.plan_pruning", fail)
+    assert run("plan", tiny_checkpoint, *SIZES) == 2
+    assert capsys.readouterr().err == f"error: {error}\n"
+
+
+def test_other_runtime_errors_are_not_hidden(monkeypatch, tiny_checkpoint):
+    def fail(*arguments):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr("hf_minitron.prune.preview.plan_pruning", fail)
+    with pytest.raises(RuntimeError, match="a bug"):
+        run("plan", tiny_checkpoint, *SIZES)
+
+
 def test_plan_prints_sizes_and_the_next_command(capsys, tiny_checkpoint):
     assert run("plan", tiny_checkpoint, *SIZES) == 0
     text = capsys.readouterr().out

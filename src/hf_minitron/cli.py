@@ -56,6 +56,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except USER_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 def overview() -> str:
@@ -114,6 +119,12 @@ def _parse(name: str, command: Command, words: list[str]) -> tuple[Any, ...]:
             f"{' '.join(unknown)}: hf-minitron {name} takes {what} first, then options. See hf-minitron {name} --help."
         )
     return tuple(parsed)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    from hf_minitron.hardware import is_out_of_memory
+
+    return is_out_of_memory(error)
 
 
 def _resolve(name: str) -> Any:
@@ -190,7 +201,7 @@ COMMANDS = {
     "distill": Command(
         "Train the pruned model on its teacher's logits.",
         "student_model",
-        ("distill.inputs.DistillArguments", "distill.config.DistillationConfig"),
+        ("distill.inputs.DistillArguments", "distill.config.DistillationConfig", "adapters.LoraArguments"),
         "distill.stage.distill_checkpoint",
         reports.report_distill,
         "add --resume-from-checkpoint true to go on from the last checkpoint-* folder, if there is one",

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils.memory import should_reduce_batch_size
 
 PACKAGES = (
     "hf_minitron",
@@ -55,6 +56,11 @@ def fast_dtype(device: str | torch.device = "cpu") -> torch.dtype:
     if kind == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float32
     return torch.bfloat16 if kind == "cpu" and _cpu_bf16_is_fast() else torch.float32
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception means that a device, or the machine, had no memory left for a tensor."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or should_reduce_batch_size(error)
 
 
 def parse_dtype(dtype: str | torch.dtype) -> torch.dtype | None:

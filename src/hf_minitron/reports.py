@@ -147,7 +147,7 @@ def report_cache(report: Any, arguments: Any) -> str:
     )
 
 
-def report_distill(report: Any, arguments: Any, config: Any) -> str:
+def report_distill(report: Any, *options: Any) -> str:
     """Held-out metrics before and after, and how to go on."""
     lines = []
     if report.metrics:

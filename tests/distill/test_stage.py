@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 import torch
 from accelerate import PartialState
 from safetensors import safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from hf_minitron.adapters import LoraArguments
 from hf_minitron.distill import inputs as inputs_module
 from hf_minitron.distill import stage
 from hf_minitron.distill.config import DistillationConfig
@@ -135,6 +138,38 @@ def test_bad_input_is_refused_before_any_training(tmp_path, arguments, tiny_text
     assert not (tmp_path / "student").exists() or not any((tmp_path / "student").iterdir())
 
 
+def test_a_teacher_whose_ids_mean_other_words_is_refused(tmp_path, arguments, tiny_checkpoint):
+    """The vocabularies have one size, and two words have changed places."""
+    other = shutil.copytree(tiny_checkpoint, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    words["a"], words["b"] = words["b"], words["a"]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(ValueError, match=r"differ in 2 of 300 ids: \d+ is '[ab]' / '[ba]', "):
+        distill_checkpoint(arguments(teacher_model=other), settings(tmp_path / "student"))
+    assert not (tmp_path / "student").exists()
+
+
+def test_a_teacher_without_a_tokenizer_is_taken_at_its_word(tmp_path, arguments, tiny_checkpoint):
+    bare = shutil.copytree(tiny_checkpoint, tmp_path / "bare", ignore=shutil.ignore_patterns("tokenizer*"))
+    report = distill_checkpoint(arguments(teacher_model=bare), settings(tmp_path / "student", max_steps=1))
+    assert report.num_tokens == 4 * 31
+
+
+def test_an_adapted_student_is_trained_merged_and_recorded(tmp_path, arguments, pruned):
+    """What has no adapter comes back as the source has it, in the source's dtype."""
+    lora = LoraArguments(lora_r=4, lora_target_modules=["q_proj"])
+    report = distill_checkpoint(arguments(), settings(tmp_path / "student"), lora)
+    assert report.metrics["kl"] < report.metrics_before["kl"]
+    before, after = (load_file(folder / "model.safetensors") for folder in (pruned, tmp_path / "student"))
+    assert before.keys() == after.keys()
+    for name, value in after.items():
+        assert value.dtype == before[name].dtype
+        assert torch.equal(value, before[name]) != name.endswith("q_proj.weight"), name
+    told = json.loads((tmp_path / "student" / "minitron.json").read_text())["stages"][-1]["settings"]
+    assert (told["lora_r"], told["lora_target_modules"]) == (4, ["q_proj"]) and "use_dora" not in told
+
+
 def test_students_that_share_inputs_train_as_if_alone(tmp_path, arguments, monkeypatch):
     alone = distill_checkpoint(arguments(), settings(tmp_path / "alone"))
     loaded, load = [], inputs_module.load_checked
@@ -144,7 +179,9 @@ def test_students_that_share_inputs_train_as_if_alone(tmp_path, arguments, monke
         )
     inputs = load_inputs(arguments(), settings(tmp_path / "first"))
     assert loaded == []  # the teacher comes when it is needed
-    reports = [distill_checkpoint(arguments(), settings(tmp_path / name), inputs) for name in ("first", "second")]
+    reports = [
+        distill_checkpoint(arguments(), settings(tmp_path / name), inputs=inputs) for name in ("first", "second")
+    ]
     assert len(loaded) == 3  # two students, one teacher
     for report in reports:
         assert report.metrics == alone.metrics and losses(report) == losses(alone)

@@ -14,16 +14,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from hf_minitron.adapters import LoraArguments
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import DistillArguments
 from hf_minitron.distill.stage import distill_checkpoint
 
 pytest.importorskip("deepspeed")
+pytestmark = pytest.mark.timeout(900)  # the first test of the file waits for all processes
 FOLDER = Path(__file__).parent
 SOURCE = FOLDER.parents[1] / "src"
 ENGINES = {"ddp": ("MULTI_CPU", None), "fsdp2": ("FSDP", None)} | {f"zero{n}": ("DEEPSPEED", n) for n in (1, 2, 3)}
 SETTINGS = {"max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 0, "seed": 3, "report_to": "none", "use_cpu": True}
 SETTINGS |= {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "disable_tqdm": True}
+STATES = ["emb", "o"]  # intermediate losses of all but the adapters
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +52,17 @@ def options(student, tiny_checkpoint, tiny_text, held_out_text):
 def alone(tmp_path_factory, options):
     """The uninterrupted run of one process, with the two processes' rows in one batch."""
     folder = tmp_path_factory.mktemp("alone") / "student"
-    settings = SETTINGS | {"per_device_train_batch_size": 4, "save_strategy": "no"}
+    settings = SETTINGS | {"per_device_train_batch_size": 4, "save_strategy": "no", "intermediate_losses": STATES}
     distill_checkpoint(DistillArguments(**options), DistillationConfig(output_dir=str(folder), **settings))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone_with_lora(tmp_path_factory, options):
+    folder = tmp_path_factory.mktemp("alone") / "adapted"
+    settings = SETTINGS | {"per_device_train_batch_size": 4, "save_strategy": "no"}
+    lora = LoraArguments(lora_r=4, lora_target_modules=["q_proj", "down_proj"], use_dora=True)
+    distill_checkpoint(DistillArguments(**options), DistillationConfig(output_dir=str(folder), **settings), lora)
     return folder
 
 
@@ -77,7 +89,8 @@ def test_a_killed_run_ends_like_one_that_was_not(processes, alone, engine):
     expected, log = train_log(alone), train_log(processes / engine)
     assert log.keys() == expected.keys() == set(range(1, 7))
     for step, entry in expected.items():
-        for name in ("loss", "kl", "lm_loss", "grad_norm", "num_tokens_seen"):
+        names = ("intermediate_o", "intermediate_emb", "intermediate_weight")
+        for name in ("loss", "kl", "lm_loss", "grad_norm", "num_tokens_seen", *names):
             assert log[step][name] == pytest.approx(entry[name], rel=1e-5), (step, name)
     after = [
         json.loads((f / "minitron.json").read_text())["stages"][-1]["metrics"]["after"]
@@ -91,7 +104,8 @@ def test_what_was_saved_loads_in_plain_transformers(processes, alone, engine):
     expected = AutoModelForCausalLM.from_pretrained(alone)
     saved = [processes / engine, processes / engine / "checkpoint-6"]
     for folder in saved:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model, problems = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not problems["unexpected_keys"]  # such as a projection
         assert model.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
         for (name, one), (_, other) in zip(expected.named_parameters(), model.named_parameters(), strict=True):
             assert (one - other).norm() < 1e-4 * one.norm(), (folder, name)
@@ -108,3 +122,21 @@ def test_the_student_is_whole_and_exact_when_checkpoints_are_in_parts(processes,
     for name, value in weights.items():
         assert value.dtype == torch.float32 and not torch.equal(value, value.bfloat16().float()), name
         assert (value - reference[name]).norm() < 0.1 * reference[name].norm(), name
+
+
+@pytest.mark.parametrize("engine", ["zero3", "fsdp2"])
+def test_sharded_adapters_train_and_are_merged(processes, alone_with_lora, student, engine):
+    """Under ZeRO-3 killed and resumed; what was not adapted is the source's, bit by bit."""
+    facts = json.loads((processes / f"{engine}-lora.json").read_text())
+    assert (facts["type"], facts["stage"]) == ENGINES[engine]
+    expected, log = train_log(alone_with_lora), train_log(processes / f"{engine}-lora")
+    assert [log[step]["loss"] for step in range(1, 7)] == pytest.approx(
+        [expected[step]["loss"] for step in range(1, 7)], rel=1e-5
+    )
+    weights = load_file(processes / f"{engine}-lora" / "model.safetensors")
+    reference, source = (load_file(f / "model.safetensors") for f in (alone_with_lora, student))
+    assert weights.keys() == reference.keys() == source.keys()
+    for name, value in weights.items():
+        torch.testing.assert_close(value, reference[name], rtol=0, atol=1e-4)
+        assert torch.equal(value, source[name]) != name.endswith(("q_proj.weight", "down_proj.weight")), name
+    assert AutoModelForCausalLM.from_pretrained(processes / f"{engine}-lora").dtype == torch.float32

@@ -91,9 +91,9 @@ def trainings(monkeypatch):
     """The names of the candidates that are trained, as they are."""
     trained = []
 
-    def train(arguments, config, inputs):
+    def train(arguments, config, *, inputs):
         trained.append(config.output_dir.split("/")[-2])
-        return distill_checkpoint(arguments, config, inputs)
+        return distill_checkpoint(arguments, config, inputs=inputs)
 
     monkeypatch.setattr(rank, "distill_checkpoint", train)
     return trained
@@ -288,11 +288,11 @@ def test_the_best_candidate_is_trained_again_when_its_checkpoints_are_gone(searc
 
 
 def test_a_candidate_that_fails_is_reported_and_the_others_go_on(search, tmp_path, finished, monkeypatch, trainings):
-    def fail_at_first(arguments, config, inputs):
+    def fail_at_first(arguments, config, *, inputs):
         trainings.append(config.output_dir)
         if NAMES[0] in config.output_dir:
             raise FloatingPointError("The distillation loss became NaN")
-        return distill_checkpoint(arguments, config, inputs)
+        return distill_checkpoint(arguments, config, inputs=inputs)
 
     monkeypatch.setattr(rank, "distill_checkpoint", fail_at_first)
     report = search(tmp_path / "out")
@@ -321,7 +321,7 @@ def test_candidates_can_be_pruned_by_scores_that_are_there(search, tmp_path, tin
 
 
 def test_layers_can_be_chosen_by_loss_which_takes_a_scan(search, tmp_path, monkeypatch):
-    def stop(*arguments):
+    def stop(*arguments, **options):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(rank, "distill_checkpoint", stop)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -10,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import TrainingArguments
+
+from hf_minitron.hardware import is_out_of_memory
 
 MAX_BATCHES = 64  # that are remembered; more would only fill memory where logs are rare
 
@@ -39,6 +42,15 @@ class BatchWatch:
         if len(self._finite) < len(self._batches):
             self._finite.append(sums.isfinite().all())
 
+    def check_sums(self, sums: Mapping[str, float], when: str) -> None:
+        """Raises FloatingPointError unless all are finite; of sums over all processes, so that all of them stop."""
+        if not all(math.isfinite(value) for value in sums.values()):
+            raise FloatingPointError(
+                f"The distillation loss became NaN or infinite {when}: {dict(sums)}. {self.describe()}Lower "
+                "learning_rate, set max_grad_norm, or resume from the last checkpoint, which is from before; with "
+                "fp16, use bf16."
+            )
+
     def forget(self) -> None:
         """After a log that found everything finite."""
         self._batches.clear()
@@ -56,10 +68,12 @@ class BatchWatch:
 
 @contextmanager
 def advised_on_memory(args: TrainingArguments) -> Iterator[None]:
-    """Raises torch.OutOfMemoryError again with the settings that would help, the cheapest first."""
+    """Raises torch.OutOfMemoryError with the settings that would help, the cheapest first; on CPUs too."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
         raise torch.OutOfMemoryError(f"{error}\n{_advice(args)}") from error
 
 

@@ -59,5 +59,21 @@ def hash_tokenizer(tokenizer: PreTrainedTokenizerBase) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
+def check_same_tokens(student: PreTrainedTokenizerBase, teacher: PreTrainedTokenizerBase) -> None:
+    """Raises ValueError where an id stands for one token at the student and for another at the teacher.
+
+    Ids that only one of the two knows, such as an added pad token, do no harm.
+    """
+    texts = [{number: token for token, number in each.get_vocab().items()} for each in (student, teacher)]
+    differing = sorted(number for number in texts[0].keys() & texts[1].keys() if texts[0][number] != texts[1][number])
+    if differing:
+        examples = ", ".join(f"{number} is {texts[0][number]!r} / {texts[1][number]!r}" for number in differing[:3])
+        raise ValueError(
+            f"Student and teacher have tokenizers that differ in {len(differing)} of {len(texts[0])} ids: {examples}. "
+            "The KL compares token by token, so both need the same. Use the teacher that the student was pruned from, "
+            "or give the student its tokenizer."
+        )
+
+
 def _array(values: Any) -> np.ndarray | None:
     return None if values is None else np.asarray(values)
