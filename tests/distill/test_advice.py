@@ -36,9 +36,9 @@ def test_nothing_is_said_where_nothing_is_known(settings, tmp_path, caplog):
 
 
 def test_a_smaller_gap_wants_a_smaller_rate():
-    assert learning_rate_factor(1.0) == 1
-    assert learning_rate_factor(0.25) == 0.5
-    assert learning_rate_factor(0.0) == 0.125
+    assert learning_rate_factor(1.0) == 0.7
+    assert learning_rate_factor(0.25) == 0.35
+    assert learning_rate_factor(0.0) == 0.1
 
 
 def test_the_rate_is_stated(tmp_path, caplog):
@@ -46,8 +46,8 @@ def test_the_rate_is_stated(tmp_path, caplog):
     with caplog.at_level(logging.INFO):
         log_advice(tmp_path, 1e-4)
     assert "its gap to the source is 0.25 of plain slicing's" in caplog.text
-    assert "about 0.5 of the learning rate" in caplog.text
-    assert "If learning_rate=0.0001 was chosen for sliced students, try 5e-05." in caplog.text
+    assert "about 0.35 of the learning rate" in caplog.text
+    assert "If learning_rate=0.0001 was chosen for sliced students, try 3.5e-05." in caplog.text
 
 
 def test_a_student_that_was_trained_since_is_left_alone(tmp_path, caplog):

@@ -46,8 +46,9 @@ def gap_share(settings: dict[str, Any]) -> float | None:
 
 
 def learning_rate_factor(share: float) -> float:
-    """√share, but at least an eighth: the less is left to repair, the smaller the steps.
+    """0.7 √share, but at least a tenth: the less is left to repair, the smaller the steps.
 
-    Fitted by eye to the best rates of benchmarks/refit.py and of the prototypes, which are a factor of 2 to 2.5 apart.
+    By eye through the best rates on four models, in benchmarks/refit.py and the prototypes, tried a factor of 2 or 2.5
+    apart (docs/refit.md).
     """
-    return max(math.sqrt(share), 0.125)
+    return max(0.7 * math.sqrt(share), 0.1)
