@@ -15,13 +15,7 @@ from hf_minitron.checkpoint import PLAN_FILE, atomic_folder, check_output_dir, w
 from hf_minitron.lineage import Stage, append_stage
 from hf_minitron.prune.calibration import read_calibration
 from hf_minitron.prune.depth import check_num_dropped, check_scan_metric
-from hf_minitron.prune.importance import (
-    check_aggregation,
-    check_axes,
-    check_batch_size,
-    check_neuron_signal,
-    score_model,
-)
+from hf_minitron.prune.importance import check_batch_size, check_scoring, score_model
 from hf_minitron.prune.multiple_choice import load_questions
 from hf_minitron.prune.plan import PrunePlan, make_plan, plan_depth
 from hf_minitron.prune.refit import refit
@@ -113,10 +107,7 @@ class PrunerForCausalLM:
         ``calibration`` is text (a Hub data set id, files, or a data set with a text column; ``how_to_read`` goes to
         ``load_calibration``) or rows of token ids of equal length (a data set with ``input_ids``, a tensor, lists).
         """
-        check_axes(axes)
-        check_aggregation(aggregation)
-        check_neuron_signal(neuron_signal)
-        check_batch_size(batch_size)
+        check_scoring(axes, aggregation, neuron_signal, batch_size)
         rows, described = self._read_rows(calibration, how_to_read)
         scores = score_model(
             self.model,
