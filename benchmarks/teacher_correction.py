@@ -225,14 +225,16 @@ def trainer_settings(folder: str, options: argparse.Namespace, seed: int, rate: 
 
 
 def measure_memory(options: argparse.Namespace) -> int:
-    """Bytes by which three training steps raise the peak of a fresh process; the teacher is there before."""
-    options.seeds, options.steps, options.student_steps = [0], 3, 3
-    options.eval_rows, options.train = 2, None
-    rows, teacher = load_rows(options, 0), load_teacher()
+    """Bytes by which three training steps on random rows raise the peak of a fresh process; the teacher was there."""
+    teacher, draw = load_teacher(), torch.Generator().manual_seed(0)
+    ids = torch.randint(
+        teacher.config.vocab_size, (3 * options.rows_per_step, options.row_length), generator=draw, dtype=torch.int32
+    )
     with tempfile.TemporaryDirectory() as folder:
         config = TeacherCorrectionConfig(**trainer_settings(folder, options, 0, 1e-4, 3), method=options.cost)
         model = choose_trained(teacher, options.cost, LoraArguments(), 0)
-        return peak_growth(CorrectionTrainer(model, config, rows["train"]).train)
+        rows = Dataset.from_dict({"input_ids": ids.tolist()})
+        return peak_growth(CorrectionTrainer(model, config, rows).train)
 
 
 def report(facts: dict[str, Any]) -> str:
