@@ -11,6 +11,7 @@ Command   python benchmarks/shift.py [--texts NAME=FILE ...] [--json] ...
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
@@ -34,7 +35,8 @@ def main() -> None:
     """Measures and prints."""
     options = parse_options()
     transformers_logging.disable_progress_bar()
-    facts = measure(options)
+    with contextlib.redirect_stdout(sys.stderr):  # where the Trainer's logs go
+        facts = measure(options)
     print(json.dumps(facts, indent=2) if options.json else report(facts))
 
 

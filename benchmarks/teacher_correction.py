@@ -12,6 +12,7 @@ Command   python benchmarks/teacher_correction.py [--train FILE --held-out FILE]
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import json
 import sys
@@ -50,9 +51,12 @@ def main() -> None:
     options = parse_options()
     transformers_logging.disable_progress_bar()
     if options.cost is not None:
-        print(json.dumps({"peak_bytes": measure_memory(options)}))
+        with contextlib.redirect_stdout(sys.stderr):
+            peak = measure_memory(options)
+        print(json.dumps({"peak_bytes": peak}))
         return
-    facts = measure(options)
+    with contextlib.redirect_stdout(sys.stderr):  # where the Trainer's logs go
+        facts = measure(options)
     if options.plot is not None:
         plot(facts, options.plot)
     print(json.dumps(facts, indent=2) if options.json else report(facts))
