@@ -351,7 +351,7 @@ class PrunerForCausalLM:
 
     def _describe_stage(self, trimmer: Trimmer | Refitted) -> Stage:
         stage, info = self._stage, dict(self._plan.info)
-        stage.inputs = {"source": self.source}
+        stage.inputs = {"source": self._checkpoint.described if self._checkpoint else self.source}
         stage.data = info.pop("calibration", None)
         stage.tokens = info.get("num_tokens")
         stage.settings = {"sizes": self._plan.sizes, "source_sizes": self._plan.source_sizes, **info}

@@ -1,0 +1,125 @@
+"""What of a checkpoint folder belongs on the Hub: an allow-list, and a look for secrets in what it lets through."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+from hf_minitron.source_cards import CARD
+from hf_minitron.weight_files import WEIGHTS, WEIGHTS_INDEX, index_tensors
+
+ALLOWED = (  # paths inside the folder; weights are added by what the index names
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    CARD,
+    "LICENSE",
+    "LICENSE.*",
+    "NOTICE",
+    "NOTICE.*",
+    "USE_POLICY.md",
+    "minitron.json",
+    "prune_plan.json",
+    "[a-z]*_log.json",  # the losses of a training stage
+    "plots/*.png",
+    "plots/*.svg",
+)
+WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors")
+_PICTURES = (".png",)
+_SECRETS = {
+    "a Hugging Face token": r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{30,}",
+    "an OpenAI or Anthropic key": r"\bsk-(?:ant-|proj-|svcacct-)?[A-Za-z0-9]{4,}[A-Za-z0-9_-]{28,}",
+    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{40,})",
+    "a GitLab token": r"\bglpat-[\w-]{20,}",
+    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
+    "a Google key": r"\bAIza[\w-]{35}\b",
+    "an NVIDIA key": r"\bnvapi-[\w-]{40,}",
+    "a Slack token": r"\bxox[abpr]-[\w-]{10,}",
+    "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
+}
+_PATTERN = re.compile("|".join(f"({pattern})" for pattern in _SECRETS.values()))
+
+
+@dataclass(frozen=True)
+class Contents:
+    """Paths inside the folder: those that go, with their size in bytes, and those that stay."""
+
+    sizes: dict[str, int]
+    left_out: list[str]
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(self.sizes.values())
+
+
+def choose_files(folder: Path) -> Contents:
+    """What of a whole checkpoint folder goes to the Hub.
+
+    Optimizer states, ``checkpoint-*``, caches, logs, notebooks and whatever else is not named in ``ALLOWED`` stays.
+    Raises FileNotFoundError or ValueError for a folder that is no whole checkpoint, and for metadata that is no JSON.
+    """
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder} has no config.json: only checkpoint folders are pushed.")
+    weights = set(index_tensors(folder).values())
+    weights |= {WEIGHTS_INDEX} if WEIGHTS not in weights else set()
+    found = sorted(path.relative_to(folder).as_posix() for path in _walk(folder))
+    chosen = [name for name in found if name in weights or any(_matches(name, pattern) for pattern in ALLOWED)]
+    for name in chosen:
+        if name.endswith(".json"):
+            _check_json(folder / name)
+    return Contents({name: (folder / name).stat().st_size for name in chosen}, sorted({*found} - {*chosen}))
+
+
+def is_weight_file(name: str) -> bool:
+    """Whether a path in a repository is that of weights, or of their index, as transformers names them."""
+    return any(_matches(name, pattern) for pattern in WEIGHT_FILES)
+
+
+def check_secrets(folder: Path, names: Iterable[str], known: Iterable[str] = ()) -> None:
+    """ValueError when a text file holds what looks like an access token, or one of the ``known`` ones."""
+    known = [secret for secret in known if secret]
+    for name in names:
+        if name.endswith((".safetensors", *_PICTURES)):
+            continue
+        text = (folder / name).read_text(encoding="utf-8", errors="replace")
+        match = _PATTERN.search(text)
+        kind = list(_SECRETS)[match.lastindex - 1] if match else None
+        position = match.start() if match else -1
+        for secret in known:
+            if kind is None and secret in text:
+                kind, position = "your own access token", text.index(secret)
+        if kind is not None:
+            line = text.count("\n", 0, position) + 1
+            raise ValueError(
+                f"{name}, line {line}, holds what looks like {kind}: nothing was sent. Remove it, and revoke it if "
+                "others may have seen the file."
+            )
+
+
+def _walk(folder: Path) -> Iterable[Path]:
+    return (path for path in folder.rglob("*") if path.is_file())
+
+
+def _matches(name: str, pattern: str) -> bool:
+    return name.count("/") == pattern.count("/") and fnmatchcase(name, pattern)
+
+
+def _check_json(path: Path) -> None:
+    try:
+        json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON ({error}). Restore it, or remove it.") from None
