@@ -29,6 +29,7 @@ ATTEMPTS = 5
 FIRST_WAIT, LONGEST_WAIT = 1.0, 60.0  # seconds; doubled each time, unless the Hub says how long
 STALL_SECONDS = 60.0  # without a byte sent or received
 _PASSING_STATUS = (408, 425, 429)  # and 5xx
+_LOGS_OF_URLS = ("huggingface_hub.utils._http", "httpx", "httpx2")
 _SIGNED = re.compile(r"(https?://[^\s?'\"]+)\?[^\s'\"]+")  # what follows the path of a URL may be a signature
 _TOKEN = re.compile(r"\b(hf_(?:jwt_)?|api_org_)[A-Za-z0-9]{8,}")
 logger = logging.getLogger(__name__)
@@ -55,6 +56,8 @@ def persist(
             with _careful_session(stall_seconds):
                 return call()
         except (HTTPError, OSError, RuntimeError) as error:  # RuntimeError: how the Hub library wraps a failed upload
+            if isinstance(error, RuntimeError) and error.__cause__ is None:
+                raise  # a bug
             if not may_pass(error) or attempt == attempts:
                 raise explain(error, doing, token) from None
             wait = _seconds_to_wait(error, attempt)
@@ -121,19 +124,21 @@ def masked(text: str, token: str | None = None) -> str:
 
 @contextmanager
 def _careful_session(stall_seconds: float) -> Iterator[None]:
-    """Gives up requests that stall, so that they can be repeated, and keeps signed URLs out of the Hub library's log.
+    """Gives up requests that stall, so that they can be repeated, and keeps signed URLs out of its logs.
 
     The Hub library's own session waits for ever. A limit that a session already has stays.
     """
-    session, log = get_session(), logging.getLogger("huggingface_hub.utils._http")
+    session, logs = get_session(), [logging.getLogger(name) for name in _LOGS_OF_URLS]
     before = session.timeout
     if before.read is None:
         session.timeout = stall_seconds
-    log.addFilter(_mask_record)
+    for log in logs:
+        log.addFilter(_mask_record)
     try:
         yield
     finally:
-        log.removeFilter(_mask_record)
+        for log in logs:
+            log.removeFilter(_mask_record)
         session.timeout = before
 
 

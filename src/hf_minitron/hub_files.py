@@ -18,9 +18,10 @@ from typing import Any
 
 from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_url, snapshot_download
 from huggingface_hub.errors import LocalEntryNotFoundError
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.utils import filter_repo_objects
 
-from hf_minitron.hub_access import persist
+from hf_minitron.hub_access import STALL_SECONDS, persist
 
 _DOWNLOADS = 3  # of a file whose content is wrong each time
 logger = logging.getLogger(__name__)
@@ -46,7 +47,7 @@ def fetch_snapshot(
     api = HfApi(token=token)
 
     def look_up() -> Any:
-        return api.model_info(repo_id, revision=revision, files_metadata=True)
+        return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=STALL_SECONDS)
 
     try:
         info = persist(look_up, f"looking up {what}", token=token)
@@ -57,7 +58,9 @@ def fetch_snapshot(
     if info.gated and wanted:  # its description is public, its files are not
         url = hf_hub_url(repo_id, next(iter(wanted)), revision=info.sha)
         persist(lambda: get_hf_file_metadata(url, token=token), f"reading {what}", token=token)
-    return _download(repo_id, info.sha, token, patterns, wanted)
+    folder = _download(repo_id, info.sha, token, patterns, wanted)
+    _remember(repo_id, revision or constants.DEFAULT_REVISION, info.sha)
+    return folder
 
 
 def sha256_of(path: Path) -> str:
@@ -98,6 +101,18 @@ def _download(repo_id: str, commit: str, token: str | None, patterns: dict[str, 
         f"{', '.join(wrong)} of {repo_id} came {_DOWNLOADS} times with another content than the Hub has for commit "
         f"{commit}: something on the way changes it, a proxy perhaps. Nothing of it is kept; try another network."
     )
+
+
+def _remember(repo_id: str, revision: str, commit: str) -> None:
+    """Notes in the cache which commit a branch or tag is, for when there is no connection."""
+    if revision == commit:
+        return
+    path = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=repo_id, repo_type="model") / "refs" / revision
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        temporary.write_text(commit, encoding="utf-8")
+        os.replace(temporary, path)
 
 
 def _cached(repo_id: str, revision: str | None, patterns: dict[str, Any], why: str) -> Path:

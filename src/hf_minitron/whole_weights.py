@@ -25,7 +25,7 @@ def save_whole(trainer: Trainer, folder: str) -> None:
         own = trainer.model.state_dict()
         state = {name: value.to("cpu", copy=True) for name, value in own.items()}
     else:
-        trainer.save_model(folder)
+        trainer.save_model(folder, _internal_call=True)  # which does not push
         return
     if isinstance(trainer.model, PeftModel):
         if trainer.is_world_process_zero():

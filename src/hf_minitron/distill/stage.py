@@ -21,11 +21,11 @@ from hf_minitron.distill.inputs import (
     load_inputs,
     open_checkpoint,
 )
+from hf_minitron.distill.pushing import LOG_FILE, push_output
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.lineage import Stage
 from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_settings, save_trained, told_settings
 
-LOG_FILE = "distill_log.json"
 _ALWAYS_TOLD = ("divergence", "temperature", "ce_weight", *SCHEDULE)
 _TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset"}
 
@@ -93,6 +93,8 @@ def distill_checkpoint(
     stage.tokens = report.num_tokens
     stage.metrics = {"before": before, "after": after} if after else None
     save_trained(trainer, student, output_dir, stage, LOG_FILE)
+    if config.push_to_hub and trainer.is_world_process_zero():
+        push_output(config)
     return report
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
+from transformers import PreTrainedModel, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from hf_minitron.architectures import get_logit_transform
@@ -25,6 +25,7 @@ from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.failures import BatchWatch, advised_on_memory
 from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
+from hf_minitron.distill.pushing import PushingTrainer
 from hf_minitron.distill.sharding import prepared_evaluation, redirected_forward, whole
 from hf_minitron.distill.teacher import HeadTargets, LiveTeacher, Teacher, TopKTargets, last_hidden
 from hf_minitron.distill.teacher_cache import CachedTeacher
@@ -35,7 +36,7 @@ from hf_minitron.distill.top_k_head import fused_linear_topk_kd
 SUM_NAMES = ("loss", "kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(PushingTrainer):
     """Trains `model`, the student, to give the distribution over the next token that `teacher_model` gives.
 
     Rows are dicts with `input_ids` and optionally `labels`, where -100 marks positions that are no targets. Loss and

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ from hf_minitron.prune.scan import scan_questions, scan_rows
 from hf_minitron.prune.scores import AXES, ImportanceScores
 from hf_minitron.prune.target import PruneConfig, count_parameters, source_sizes, target_config, target_sizes
 from hf_minitron.prune.trim import Trimmer
+from hf_minitron.publish.hub import PushResult, push_checkpoint
 
 MAX_QUESTION_LENGTH = 4096  # tokens; of longer questions the beginning is cut off
 _WHICH_TEXT = ("config_name", "split", "text_column", "revision", "token")  # options of load_text that pick the text
@@ -331,6 +333,19 @@ class PrunerForCausalLM:
             source_dir = self._checkpoint.folder if self._checkpoint else None
             append_stage(self._describe_stage(trimmer), temporary, source_dir)
         return path
+
+    def push_to_hub(
+        self, repo_id: str, *, folder: str | Path | None = None, overwrite: bool = False, **options: Any
+    ) -> PushResult:
+        """Saves into ``folder`` and pushes it with its card; without one, by way of a folder that is removed again.
+
+        ``options`` are those of ``publish.hub.push_checkpoint``: ``private`` (True), ``revision``, ``create_pr``, ...
+        """
+        if folder is not None:
+            return push_checkpoint(self.save_pretrained(folder, overwrite=overwrite), repo_id, **options)
+        with tempfile.TemporaryDirectory() as temporary:
+            path = self.save_pretrained(Path(temporary) / repo_id.rpartition("/")[2])
+            return push_checkpoint(path, repo_id, **options)
 
     @property
     def planned(self) -> PrunePlan | None:

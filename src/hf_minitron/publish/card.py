@@ -35,6 +35,7 @@ from hf_minitron.publish.tables import markdown_table
 from hf_minitron.source_cards import CARD
 from hf_minitron.weight_files import count_parameters
 
+PLAN_FILE = "prune_plan.json"
 MARK = "<!-- Made by hf-minitron from minitron.json and made anew at every push; remove this line to keep edits. -->"
 RELATION = (
     "finetune"  # the Hub knows adapter, finetune, merge, quantized; a smaller, retrained model is nearest to this
@@ -132,11 +133,11 @@ def render_model_card(folder: str | Path, *, license: str | None = None, name: s
         "repo_id": name or title,
         "base": describe_model(base_model(stages)) if base_model(stages) else None,
         "base_file": base_model(stages).get("id"),
-        "config": config,
+        "config": {key: config.get(key) for key in ("architectures", "dtype", "max_position_embeddings")},
         "num_parameters": None if stages else f"{count_parameters(folder):,}",
         "architecture": architecture_table(stages, config),
         "stages": told_stages(stages, title),
-        "plan": (folder / "prune_plan.json").is_file(),
+        "plan": (folder / PLAN_FILE).is_file() and any(stage["stage"] == "prune" for stage in stages),
         "log": sorted(path.name for path in folder.glob("*_log.json")),
         "lineage": bool(stages),
         "evaluation": evaluation_table(found),
@@ -145,7 +146,7 @@ def render_model_card(folder: str | Path, *, license: str | None = None, name: s
         "energy": _energy_table(used),
         "assumptions": ASSUMPTIONS,
         "plots": _plots(folder),
-        "license": stated,
+        "license": {key: stated.get(key) for key in ("license", "license_name", "license_link")} if stated else None,
         "terms": license_terms(stated),
     }
     return _templates().get_template(f"{kind}.md.jinja").render(context)

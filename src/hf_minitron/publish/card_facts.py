@@ -114,7 +114,9 @@ def architecture_table(stages: Sequence[dict[str, Any]], config: dict[str, Any])
 def told_stages(stages: Sequence[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The making stages in words: title, facts as pairs, and the command that repeats it."""
     making = making_stages(stages)
-    outputs = [*(main_input(stage).get("path") or f"step-{n}" for n, stage in enumerate(making[1:], 1)), name]
+    outputs = [*(main_input(stage).get("path") or f"step-{n}" for n, stage in enumerate(making[1:], 1)), name][
+        : len(making)
+    ]
     return [
         {
             "name": stage["stage"],

@@ -47,7 +47,10 @@ class CommitPlan:
         """Makes repository and branch as far as they are missing, after asking the Hub whether it takes the card."""
         if CARD in self.files:
             card = self.files[CARD].path.read_text(encoding="utf-8")
-            self._persist(lambda: ModelCard(card, ignore_metadata_errors=False).validate(repo_type="model"))
+            try:
+                self._persist(lambda: ModelCard(card).validate(repo_type="model"))
+            except ValueError as error:
+                raise ValueError(f"{CARD}: the Hub does not take its metadata: {error}. Nothing was sent.") from None
         if self.create_pr:
             return  # to a repository that exists, of anybody
         self._persist(lambda: self.api.create_repo(self.repo_id, private=private, exist_ok=True))
@@ -136,7 +139,7 @@ class CommitPlan:
         return not _stale_weights(seen, self.files) and not _differing(seen, self.files)
 
     def _info(self, revision: str) -> Any:
-        return self.api.model_info(self.repo_id, revision=revision, files_metadata=True)
+        return self.api.model_info(self.repo_id, revision=revision, files_metadata=True, timeout=self.stall_seconds)
 
     def _look(self, revision: str) -> Any:
         return self._persist(lambda: self._info(revision))
