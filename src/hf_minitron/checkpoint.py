@@ -179,7 +179,8 @@ def read_config(
     folder = local_folder(model)
     if folder is None:
         code = ["*.py"] if trust_remote_code else []
-        folder = fetch_snapshot(str(model), revision=revision, token=token, allow_patterns=["config.json", *code])
+        patterns = {"allow_patterns": ["config.json", *code], "ignore_patterns": ["*/*"]}
+        folder = fetch_snapshot(str(model), revision=revision, token=token, **patterns)
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face checkpoint folder.")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)

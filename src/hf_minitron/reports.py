@@ -168,7 +168,8 @@ def report_push(report: Any, arguments: Any) -> str:
     rows.append((f"{len(rows)} files", f"{sum(report.files.values()):,}"))
     lines = [markdown_table(("would be pushed" if report.dry_run else "on the Hub", "bytes"), rows), ""]
     if report.left_out:
-        lines.append(f"Stays here: {', '.join(report.left_out)}")
+        names = [name.split("/")[0] + "/" * ("/" in name) for name in report.left_out]
+        lines.append(f"Stays here: {', '.join(dict.fromkeys(names))}")
     if report.dry_run:
         return "\n".join([*lines, f"Nothing was sent. Without --dry-run this goes to {report.repo_id}."])
     if report.deleted:

@@ -106,6 +106,8 @@ def test_a_license_with_a_name_and_an_unknown_one(tmp_path, caplog):
     text = render_model_card(unknown)
     assert "## License" not in text and "license" not in ModelCard(text).data.to_dict()
     assert "license is not known" in caplog.text
+    write_model_card(unknown, license="mit")
+    assert ModelCard(refresh_card(unknown)).data.license == "mit"  # said once
 
 
 def test_a_card_by_hand_is_kept_and_ours_is_made_anew(tmp_path):

@@ -79,6 +79,19 @@ def test_a_truncated_or_cut_download_is_completed(hub, source, kind):
     assert_same(pull(), source)
 
 
+def test_killed_half_way_a_rerun_completes(hub, source, tmp_path):
+    hub.faults.append(Fault("delay", "/lfs/", method="GET", delay=60))
+    code = f"from hf_minitron.hub_files import *; fetch_snapshot({REPO!r}, allow_patterns={PATTERNS})"
+    env = os.environ | hub.env(constants.HF_HOME)
+    process = subprocess.Popen([sys.executable, "-c", code], env=env, stderr=subprocess.DEVNULL)
+    while not any(r["method"] == "GET" and "/lfs/" in r["path"] for r in hub.requests):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert_same(pull(), source)
+
+
 @pytest.mark.parametrize("path", ["/lfs/", "/resolve/main-or-commit/config.json"])
 def test_a_corrupted_download_is_noticed_and_replaced(hub, source, caplog, path):
     path = path.replace("main-or-commit", ".*")

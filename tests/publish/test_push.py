@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import HfApi
+from lineages import LINEAGES
 from local_hub import Fault, User
 
 from hf_minitron.hub_files import git_blob_id, sha256_of
@@ -70,6 +71,16 @@ def test_one_private_commit_with_what_belongs_and_nothing_else(hub, checkpoint):
     assert head.card_data.base_model == "acme/big" and head.card_data.license == "mit"
 
 
+def test_the_hub_shows_base_model_relation_license_and_results(hub, checkpoint):
+    (checkpoint / "minitron.json").write_text(json.dumps({"format_version": 1, "stages": LINEAGES["distilled"]}))
+    push_checkpoint(checkpoint, REPO)
+    info = api(hub).model_info(REPO)
+    card = info.card_data
+    assert (card.base_model, card.base_model_relation) == ("meta-llama/Llama-3.1-8B", "finetune")
+    assert card.license == "llama3.1" and "license:llama3.1" in info.tags
+    assert {result.metric_value for result in card.eval_results} >= {0.735, 0.605, 2.25}
+
+
 def test_pushing_again_does_nothing_and_a_change_is_one_commit_more(hub, checkpoint):
     first = push_checkpoint(checkpoint, REPO)
     hub.requests.clear()
@@ -104,6 +115,13 @@ def test_a_public_repository_branch_and_pull_request(hub, checkpoint, caplog):
     assert (again.pull_request, again.committed) == (proposed.pull_request, False)
     with pytest.raises(ValueError, match="pull requests go to main"):
         push_checkpoint(checkpoint, REPO, create_pr=True, revision="v2")
+
+
+def test_a_card_by_hand_goes_as_it_is(hub, checkpoint):
+    (checkpoint / "README.md").write_text("# By hand, without metadata\n")
+    push_checkpoint(checkpoint, REPO)
+    assert hub.repos["models", REPO].text("main", "README.md") == "# By hand, without metadata\n"
+    assert_published(hub, checkpoint)
 
 
 def test_a_bare_name_is_put_under_the_accounts(hub, checkpoint):

@@ -43,10 +43,14 @@ def test_push_and_pull_by_id_give_the_same_logits(hub, tiny_checkpoint, tmp_path
     folder = pruner.save_pretrained(tmp_path / "pruned")
     assert cli.main(["push", str(folder), "--repo-id", REPO, "--dry-run"]) == 0
     assert "Nothing was sent" in capsys.readouterr().out and ("models", REPO) not in hub.repos
+    for name in ("checkpoint-1/optimizer.pt", "checkpoint-1/rng.pth", "run.log"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("mine")
     assert cli.main(["push", str(folder), "--repo-id", REPO]) == 0
     printed = capsys.readouterr().out
     head = HfApi(endpoint=hub.url, token="hf_alice").model_info(REPO)
     assert f"Committed: {hub.url}/{REPO}/commit/{head.sha} (private; prune); checksums agree" in printed
+    assert "Stays here: checkpoint-1/, run.log\n" in printed
     assert (head.card_data.license, head.card_data.language) == ("apache-2.0", "code")
 
     env = os.environ | hub.env(tmp_path / "home of another")

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.adapters import LoraArguments, add_adapters
+from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import (
@@ -87,7 +88,8 @@ def distill_checkpoint(
     seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
     after = _metrics(trainer.evaluate()) if held_out else {}
     report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
-    stage.inputs = {"student": student.source, "teacher": inputs.teacher.source}
+    teacher = inputs.teacher.described if isinstance(inputs.teacher, Checkpoint) else inputs.teacher.source
+    stage.inputs = {"student": student.described, "teacher": teacher}
     stage.data = {"max_length": inputs.max_length, "train": train.facts}
     stage.data |= {"held_out": held_out.facts} if held_out else {}
     stage.tokens = report.num_tokens

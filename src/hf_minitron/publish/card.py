@@ -32,7 +32,7 @@ from hf_minitron.publish.card_facts import (
 from hf_minitron.publish.energy import ASSUMPTIONS, Consumption, estimate_energy
 from hf_minitron.publish.licenses import inherit_license, license_terms
 from hf_minitron.publish.tables import markdown_table
-from hf_minitron.source_cards import CARD
+from hf_minitron.source_cards import CARD, read_card_facts
 from hf_minitron.weight_files import count_parameters
 
 PLAN_FILE = "prune_plan.json"
@@ -122,9 +122,11 @@ def render_model_card(folder: str | Path, *, license: str | None = None, name: s
     stages = read_lineage(folder)
     title = (name or folder.resolve().name).split("/")[-1]
     inherited, kind = inherited_facts(stages), card_kind(stages)
+    if license is None and "license" not in inherited and not _is_by_hand(folder):
+        license = read_card_facts(folder).get("license")  # as it was stated when the card was made before
     stated = inherit_license(inherited, license)
     if not stated:
-        logger.warning("%s: the source's license is not known, so the card names none", folder)
+        logger.warning("%s: the source's license is not known, so the card names none; say it by license", folder)
     found, used = results(stages), estimate_energy(making_stages(stages))
     context = {
         "metadata": _metadata(stages, title, inherited | stated, found, used).to_yaml().rstrip(),
