@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
     from hf_minitron.distill.trainer import DistillationTrainer as DistillationTrainer
     from hf_minitron.evaluate.perplexity import PerplexityResult as PerplexityResult
     from hf_minitron.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
+    from hf_minitron.mixes import MixSource as MixSource
+    from hf_minitron.mixes import open_mix as open_mix
     from hf_minitron.prune.importance import ImportanceScores as ImportanceScores
     from hf_minitron.prune.plan import PrunePlan as PrunePlan
     from hf_minitron.prune.pruner import PrunerForCausalLM as PrunerForCausalLM
@@ -26,12 +28,14 @@ _MODULES = {
     "DistillationTrainer": "distill.trainer",
     "ImportanceScores": "prune.importance",
     "KDOutput": "distill.kd_head",
+    "MixSource": "mixes",
     "PerplexityResult": "evaluate.perplexity",
     "PruneConfig": "prune.target",
     "PrunePlan": "prune.plan",
     "PrunerForCausalLM": "prune.pruner",
     "evaluate_perplexity": "evaluate.perplexity",
     "fused_linear_kd": "distill.kd_head",
+    "open_mix": "mixes",
     "push_checkpoint": "publish.hub",
     "write_model_card": "publish.card",
 }

@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from lineages import CONFIG, DISTILL, LINEAGES, MEASURED, PRUNE, RPO, SOURCE, stage
+from lineages import CONFIG, DISTILL, FILES, LINEAGES, MEASURED, PRUNE, RPO, SOURCE, TEXT, stage
 from local_hub import read_card
 from safetensors.numpy import save_file
 
 from hf_minitron import cli
+from hf_minitron.mixes import read_mix
 from hf_minitron.publish.card import MARK, refresh_card, render_model_card, write_model_card
 from hf_minitron.publish.card_facts import results
 from hf_minitron.publish.commands import stage_command
@@ -155,6 +156,24 @@ def test_rebuilt_commands_parse_into_the_recorded_settings():
     arguments, config = parsed[:2]
     assert (arguments.student_model, arguments.teacher_revision) == ("llama-3.1-4b-pruned", SOURCE["commit"])
     assert (config.lr_scheduler_kwargs, config.max_steps, config.push_to_hub) == ({"min_lr_rate": 0.1}, 9961, False)
+
+
+def test_a_streamed_mix_is_told_and_can_be_repeated(tmp_path):
+    sources = [{**TEXT, "weight": 0.7, "num_tokens": 700}, {**FILES, "weight": 0.3}]
+    stream = {"kind": "stream", "sources": sources, "shuffle_buffer": 10000, "epochs": 2, "stopping": "all"}
+    distill = {**DISTILL, "data": {"train": stream}}
+    text = render_model_card(write_folder(tmp_path / "m", [PRUNE, distill]))
+    assert "- training text: a stream of 70 % [acme/web-text]" in text and ", 30 % `a.jsonl`" in text
+    assert ModelCard(text).data.datasets == ["acme/web-text"]
+    (tmp_path / "mix.yaml").write_text(text.split("```yaml\n")[1].split("```")[0])
+    mix = read_mix(tmp_path / "mix.yaml")
+    assert [(entry.source, entry.weight, entry.config_name) for entry in mix] == [
+        ("acme/web-text", 0.7, "clean"),
+        ("a.jsonl", 0.3, None),
+    ]
+    assert "--dataset-mix mix.yaml --shuffle-buffer 10000 --dataset-epochs 2 --stopping all" in " ".join(
+        stage_command(distill, "out").replace("\\\n", "").split()
+    )
 
 
 def test_depth_and_refit_are_in_the_command():

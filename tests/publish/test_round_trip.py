@@ -127,6 +127,7 @@ def test_a_trainer_pushes_what_it_has_in_memory(hub, tiny_checkpoint, tiny_token
     assert result.committed and result.private is False and [s["stage"] for s in result.lineage] == ["distill"]
     weights = load_file(tmp_path / "out" / "model.safetensors")
     assert torch.equal(weights["lm_head.weight"], trainer.model.lm_head.weight)
+    assert result.lineage[0]["data"]["train"]["num_rows"] == 8
     assert result.lineage[0]["inputs"]["teacher"] == {"path": tiny_checkpoint.name}
     assert result.lineage[0]["tokens"] == trainer.num_tokens_seen and "hf_alice" not in str(result.lineage)
     trainer.save_model()  # the Trainer's own way to push: nothing has changed

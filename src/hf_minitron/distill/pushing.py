@@ -7,8 +7,10 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedModel, Trainer, TrainingArguments
+from transformers import PreTrainedModel, TrainingArguments
 
+from hf_minitron.data import describe_source
+from hf_minitron.distill.stream_training import StreamTrainer
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.lineage import Stage, read_lineage, settings_dict, write_lineage
 from hf_minitron.publish.contents import is_weight_file
@@ -21,7 +23,7 @@ _TOLD += ("num_train_epochs", "per_device_train_batch_size", "gradient_accumulat
 logger = logging.getLogger(__name__)
 
 
-class PushingTrainer(Trainer):
+class PushingTrainer(StreamTrainer):
     """A Trainer whose `push_to_hub` is `push_checkpoint`.
 
     With `push_to_hub=True` the right to write is checked before training, and nothing is sent while it runs: neither
@@ -65,9 +67,10 @@ class PushingTrainer(Trainer):
                 path.unlink()  # of an earlier save, perhaps under other names
         self.accelerator.wait_for_everyone()
         save_whole(self, str(folder))
+        data = self.describe_stream() or describe_source(self.train_dataset)  # which every process must ask for
         result = None
         if self.is_world_process_zero():
-            self._write_lineage(folder)
+            self._write_lineage(folder, data)
             how = {"commit_message": commit_message, "token": token, "revision": revision, "private": private}
             result = push_output(self.args, **{key: value for key, value in how.items() if value is not None}, **kwargs)
         self.accelerator.wait_for_everyone()
@@ -76,7 +79,7 @@ class PushingTrainer(Trainer):
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints stay on this machine."""
 
-    def _write_lineage(self, folder: Path) -> None:
+    def _write_lineage(self, folder: Path, data: dict[str, Any]) -> None:
         """What this object knows of how the student was made."""
         if self.processing_class is not None:
             self.processing_class.save_pretrained(folder)
@@ -85,6 +88,7 @@ class PushingTrainer(Trainer):
         stage = self._stage or Stage("distill")
         stage.settings = {name: settings[name] for name in _TOLD if name in settings}
         stage.inputs = {"student": _describe(self.model), "teacher": _describe(self.teacher_model)}
+        stage.data = {"train": data}
         stage.tokens, stage.files = self.num_tokens_seen, {LOG_FILE: "training log"}
         told = stage.as_dict() | {"seconds": _seconds(self.state.log_history)}
         source = Path(self.model.config.name_or_path or folder)

@@ -22,13 +22,17 @@ from hf_minitron.distill.inputs import (
     load_inputs,
     open_checkpoint,
 )
+from hf_minitron.distill.layer_pairs import StudentOrigin, read_origin
 from hf_minitron.distill.pushing import LOG_FILE, push_output
+from hf_minitron.distill.state_losses import LOSS_NAMES
+from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.lineage import Stage
 from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_settings, save_trained, told_settings
 
 _ALWAYS_TOLD = ("divergence", "temperature", "ce_weight", *SCHEDULE)
 _TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset"}
+_TOLD_ELSEWHERE |= {"dataset_mix", "streaming", "shuffle_buffer", "dataset_epochs", "stopping"}  # by the stream's facts
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,7 @@ def distill_checkpoint(
         train_dataset=train.dataset,
         eval_dataset=held_out.dataset if held_out else None,
         processing_class=tokenizer,
+        student_origin=_origin(student, inputs.teacher) if config.intermediate_losses else None,
         data_collator=_isolating_collator(tokenizer, config, student_model) if arguments.isolate_documents else None,
     )
     before = _metrics(trainer.evaluate()) if held_out and resume is None else {}
@@ -90,7 +95,7 @@ def distill_checkpoint(
     report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
     teacher = inputs.teacher.described if isinstance(inputs.teacher, Checkpoint) else inputs.teacher.source
     stage.inputs = {"student": student.described, "teacher": teacher}
-    stage.data = {"max_length": inputs.max_length, "train": train.facts}
+    stage.data = {"max_length": inputs.max_length, "train": trainer.describe_stream() or train.facts}
     stage.data |= {"held_out": held_out.facts} if held_out else {}
     stage.tokens = report.num_tokens
     stage.metrics = {"before": before, "after": after} if after else None
@@ -122,7 +127,15 @@ def _isolating_collator(
     return CausalLMCollator(tokenizer.eos_token_id, document_end=tokenizer.eos_token_id)
 
 
+def _origin(student: Checkpoint, teacher: Checkpoint | CachedTeacher) -> StudentOrigin | None:
+    """Where the student's lineage says it was cut from; a cache has no layers to say it of."""
+    if isinstance(teacher, CachedTeacher):
+        return None
+    return read_origin(student.folder, student.config, teacher.config)
+
+
 def _metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Evaluation's numbers without their prefix and without timings."""
     names = ("kl", "lm_loss", "teacher_lm_loss", "perplexity", "teacher_perplexity", "top1_agreement", "num_tokens")
+    names += tuple(f"intermediate_{name}" for name in LOSS_NAMES)
     return {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}

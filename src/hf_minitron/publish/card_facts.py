@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from hf_minitron.publish.commands import model_name, stage_command
+from hf_minitron.publish.commands import mix_file, model_name, stage_command
 from hf_minitron.publish.tables import markdown_table
 
 MEASURING = ("evaluate", "throughput")  # stages that leave the weights as they are
@@ -123,6 +123,7 @@ def told_stages(stages: Sequence[dict[str, Any]], name: str) -> list[dict[str, A
             "title": _TITLES.get(stage["stage"], stage["stage"]),
             "number": number,
             "facts": [*_stage_facts(stage), *(_settings(stage) if stage_command(stage, output) is None else ())],
+            "mix": mix_file((stage.get("data") or {}).get("train") or {}),
             "command": stage_command(stage, output),
         }
         for number, (stage, output) in enumerate(zip(making, outputs, strict=True), 1)
@@ -187,6 +188,14 @@ def describe_data(data: dict[str, Any]) -> str:
         names = ", ".join(f"`{name}`" for name in data["files"][:3])
         more = f" and {data['num_files'] - 3} more" if data.get("num_files", 0) > 3 else ""
         return f"{names}{more}, {data['num_bytes']:,} bytes (sha256 `{data['sha256'][:12]}`)"
+    if data.get("kind") == "stream":
+        total = sum(source["weight"] for source in data["sources"])
+        shares = [f"{100 * source['weight'] / total:.3g} % {describe_data(source)}" for source in data["sources"]]
+        return (
+            f"a stream of {', '.join(shares)}"
+            if len(shares) > 1
+            else f"streamed from {describe_data(data['sources'][0])}"
+        )
     rows = f" of {data['num_rows']:,} rows" if "num_rows" in data else ""
     return f"a data set in memory{rows}" + (
         f" (fingerprint `{data['fingerprint'][:12]}`)" if "fingerprint" in data else ""
@@ -197,7 +206,8 @@ def hub_datasets(stages: Sequence[dict[str, Any]]) -> list[str]:
     """Ids of the Hub data sets that calibrated or trained this model, each once."""
     texts = [data for stage in making_stages(stages) for role, data in _texts(stage.get("data") or {})
              if role != "held-out text"]  # fmt: skip
-    return list(dict.fromkeys(data["id"] for data in texts if data.get("kind") == "hub"))
+    single = [source for data in texts for source in data.get("sources", [data])]
+    return list(dict.fromkeys(data["id"] for data in single if data.get("kind") == "hub"))
 
 
 def results(stages: Sequence[dict[str, Any]]) -> list[Result]:

@@ -7,6 +7,9 @@ import shlex
 from collections.abc import Iterable
 from typing import Any
 
+import yaml
+
+MIX_FILE = "mix.yaml"
 _MODELS = {  # command, role of the model it takes first, other models with their options, by the stage's name
     "distill": ("distill", "student", {"teacher": "teacher"}),
     "correct": ("correct-teacher", "teacher", {}),
@@ -41,6 +44,19 @@ def data_name(data: dict[str, Any]) -> str | None:
     if data.get("kind") == "files":
         return data["files"][0] if data.get("num_files") == 1 else "DATA"
     return None
+
+
+def mix_file(data: dict[str, Any]) -> str | None:
+    """The file for ``--dataset-mix`` that lists a stream's sources; None for other texts."""
+    if data.get("kind") != "stream" or any(data_name(source) is None for source in data["sources"]):
+        return None
+    keys = {"config": "config_name", "split": "split", "text_column": "text_column", "commit": "revision"}
+    entries = [
+        {"source": data_name(source), "weight": source["weight"]}
+        | {option: source[key] for key, option in keys.items() if key in source and source["kind"] == "hub"}
+        for source in data["sources"]
+    ]
+    return yaml.safe_dump(entries, sort_keys=False).strip()
 
 
 def _prune_words(stage: dict[str, Any]) -> list[str] | None:
@@ -100,14 +116,20 @@ def _training_words(stage: dict[str, Any]) -> list[str] | None:
     inputs, data = stage.get("inputs") or {}, stage.get("data") or {}
     train, held_out = data.get("train") or {}, data.get("held_out")
     name, text = model_name(inputs.get(main) or {}), data_name(train)
-    if name is None or text is None:
+    mixed = mix_file(train)
+    if name is None or (text is None and mixed is None):
         return None
     words = [command, name, *_revision(main, inputs[main])]
     for role, option in others.items():
         if (other := inputs.get(role)) and model_name(other):
             words += [*_option(f"{option}-model", model_name(other)), *_revision(role, other)]
-    words += _option("dataset", text)
-    words += _option("dataset-config", train["config"]) if "config" in train else []
+    if mixed is not None:
+        words += _option("dataset-mix", MIX_FILE)
+        stream = {"shuffle-buffer": "shuffle_buffer", "dataset-epochs": "epochs", "stopping": "stopping"}
+        words += [word for option, key in stream.items() if key in train for word in _option(option, train[key])]
+    else:
+        words += _option("dataset", text)
+        words += _option("dataset-config", train["config"]) if "config" in train else []
     if held_out and data_name(held_out):
         words += _option("eval-dataset", data_name(held_out))
     for key, value in (stage.get("settings") or {}).items():
