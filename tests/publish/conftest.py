@@ -47,8 +47,11 @@ CONFIG = {
 
 @pytest.fixture(autouse=True)
 def quiet_client_without_xet(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The local hub does not speak xet, which the client uses unasked."""
+    """The local hub does not speak xet, which the client uses unasked, and is there where the Hub is switched off."""
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.delenv(name, raising=False)
     disable_progress_bars()
     yield
     enable_progress_bars()

@@ -199,12 +199,12 @@ def test_waiting_as_long_as_the_hub_says(hub, checkpoint):
     assert time.monotonic() - start > 1
 
 
-@pytest.mark.parametrize("fault", [{"kind": "delay", "delay": 8}, {"kind": "drop", "keep": 100}])
+@pytest.mark.parametrize("fault", [{"kind": "delay", "delay": 30}, {"kind": "drop", "keep": 100}])
 def test_a_stalled_or_cut_upload_is_given_up_and_repeated(hub, checkpoint, fault):
     hub.faults.append(Fault(path="/lfs/", method="PUT", **fault))
     start = time.monotonic()
     push_checkpoint(checkpoint, REPO, stall_seconds=0.5)
-    assert time.monotonic() - start < 6 and count(hub, "PUT", "/lfs/") == 2
+    assert time.monotonic() - start < 20 and count(hub, "PUT", "/lfs/") == 2
     assert_published(hub, checkpoint)
 
 

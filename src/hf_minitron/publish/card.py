@@ -126,7 +126,9 @@ def render_model_card(folder: str | Path, *, license: str | None = None, name: s
         license = read_card_facts(folder).get("license")  # as it was stated when the card was made before
     stated = inherit_license(inherited, license)
     if not stated:
-        logger.warning("%s: the source's license is not known, so the card names none; say it by license", folder)
+        logger.warning(
+            "%s: the source's license is not known, so the card names none; give it with --license ID", folder
+        )
     found, used = results(stages), estimate_energy(making_stages(stages))
     context = {
         "metadata": _metadata(stages, title, inherited | stated, found, used).to_yaml().rstrip(),

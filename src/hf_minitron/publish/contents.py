@@ -40,18 +40,21 @@ ALLOWED = (  # paths inside the folder; weights are added by what the index name
 )
 WEIGHT_FILES = (WEIGHTS, WEIGHTS_INDEX, "model-*-of-*.safetensors")
 _PICTURES = (".png",)
-_SECRETS = {
-    "a Hugging Face token": r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{30,}",
-    "an OpenAI or Anthropic key": r"\bsk-(?:ant-|proj-|svcacct-)?[A-Za-z0-9]{4,}[A-Za-z0-9_-]{28,}",
-    "a GitHub token": r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{40,})",
-    "a GitLab token": r"\bglpat-[\w-]{20,}",
-    "an AWS key": r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b",
-    "a Google key": r"\bAIza[\w-]{35}\b",
-    "an NVIDIA key": r"\bnvapi-[\w-]{40,}",
-    "a Slack token": r"\bxox[abpr]-[\w-]{10,}",
-    "a private key": r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----",
-}
-_PATTERN = re.compile("|".join(f"({pattern})" for pattern in _SECRETS.values()))
+_SECRETS = (  # what it is, how it begins (looked for first, as texts may be large), and how it looks
+    ("a Hugging Face token", ("hf_", "api_org_"), r"\b(?:hf_(?:jwt_|oauth_)?|api_org_)[A-Za-z0-9]{30,}"),
+    ("an OpenAI or Anthropic key", ("sk-",), r"\bsk-(?:ant-|proj-|svcacct-)?[A-Za-z0-9]{4,}[A-Za-z0-9_-]{28,}"),
+    (
+        "a GitHub token",
+        ("ghp_", "gho_", "ghu_", "ghs_", "ghr_", "github_pat_"),
+        r"\b(?:gh[pousr]_[A-Za-z0-9]{36,}|github_pat_\w{40,})",
+    ),
+    ("a GitLab token", ("glpat-",), r"\bglpat-[\w-]{20,}"),
+    ("an AWS key", ("AKIA", "ASIA"), r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    ("a Google key", ("AIza",), r"\bAIza[\w-]{35}\b"),
+    ("an NVIDIA key", ("nvapi-",), r"\bnvapi-[\w-]{40,}"),
+    ("a Slack token", ("xox",), r"\bxox[abpr]-[\w-]{10,}"),
+    ("a private key", ("PRIVATE KEY",), r"-----BEGIN (?:[A-Z]+ )*PRIVATE KEY-----"),
+)
 
 
 @dataclass(frozen=True)
@@ -96,18 +99,22 @@ def check_secrets(folder: Path, names: Iterable[str], known: Iterable[str] = ())
         if name.endswith((".safetensors", *_PICTURES)):
             continue
         text = (folder / name).read_text(encoding="utf-8", errors="replace")
-        match = _PATTERN.search(text)
-        kind = list(_SECRETS)[match.lastindex - 1] if match else None
-        position = match.start() if match else -1
-        for secret in known:
-            if kind is None and secret in text:
-                kind, position = "your own access token", text.index(secret)
+        kind, position = _find_secret(text, known)
         if kind is not None:
             line = text.count("\n", 0, position) + 1
             raise ValueError(
                 f"{name}, line {line}, holds what looks like {kind}: nothing was sent. Remove it, and revoke it if "
                 "others may have seen the file."
             )
+
+
+def _find_secret(text: str, known: Iterable[str]) -> tuple[str | None, int]:
+    """What a text holds that must not leave, and where it begins."""
+    for kind, beginnings, pattern in _SECRETS:
+        if any(beginning in text for beginning in beginnings) and (match := re.search(pattern, text)):
+            return kind, match.start()
+    found = [text.index(secret) for secret in known if secret in text]
+    return ("your own access token", found[0]) if found else (None, -1)
 
 
 def _walk(folder: Path) -> Iterable[Path]:
