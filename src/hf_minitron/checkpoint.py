@@ -19,27 +19,9 @@ from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.hub_files import fetch_snapshot
 from hf_minitron.source_cards import read_card_facts
-from hf_minitron.weight_files import WEIGHTS, WEIGHTS_INDEX, index_tensors
+from hf_minitron.weight_files import COMPANIONS, WEIGHTS, WEIGHTS_INDEX, index_tensors
+from hf_minitron.weight_files import PLAN_FILE as PLAN_FILE
 
-PLAN_FILE = "prune_plan.json"  # the kept indices; cards of all later stages link them
-COMPANIONS = (
-    PLAN_FILE,  # travel unchanged from a source checkpoint to what is made from it
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "LICENSE",  # its terms, as most of them demand
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-    "USE_POLICY.md",
-)
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_SHARD_BYTES = 4_000_000_000
 

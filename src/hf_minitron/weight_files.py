@@ -1,4 +1,4 @@
-"""Which files of a checkpoint folder hold its tensors; headers only, and without torch."""
+"""The files of a checkpoint folder: which ones travel along, and which hold its tensors. Headers only, no torch."""
 
 from __future__ import annotations
 
@@ -10,6 +10,25 @@ from safetensors import SafetensorError, safe_open
 
 WEIGHTS = "model.safetensors"
 WEIGHTS_INDEX = "model.safetensors.index.json"
+PLAN_FILE = "prune_plan.json"  # the kept indices; cards of all later stages link them
+COMPANIONS = (
+    PLAN_FILE,  # travel unchanged from a source checkpoint to what is made from it
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE",  # its terms, as most of them demand
+    "LICENSE.md",
+    "LICENSE.txt",
+    "NOTICE",
+    "USE_POLICY.md",
+)
 
 
 def index_tensors(folder: Path) -> dict[str, str]:

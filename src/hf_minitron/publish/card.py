@@ -33,9 +33,8 @@ from hf_minitron.publish.energy import ASSUMPTIONS, Consumption, estimate_energy
 from hf_minitron.publish.licenses import inherit_license, license_terms
 from hf_minitron.publish.tables import markdown_table
 from hf_minitron.source_cards import CARD, read_card_facts
-from hf_minitron.weight_files import count_parameters
+from hf_minitron.weight_files import PLAN_FILE, count_parameters
 
-PLAN_FILE = "prune_plan.json"
 MARK = "<!-- Made by hf-minitron from minitron.json and made anew at every push; remove this line to keep edits. -->"
 RELATION = (
     "finetune"  # the Hub knows adapter, finetune, merge, quantized; a smaller, retrained model is nearest to this

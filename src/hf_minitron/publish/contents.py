@@ -10,30 +10,17 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 
 from hf_minitron.source_cards import CARD
-from hf_minitron.weight_files import WEIGHTS, WEIGHTS_INDEX, index_tensors
+from hf_minitron.weight_files import COMPANIONS, WEIGHTS, WEIGHTS_INDEX, index_tensors
 
 ALLOWED = (  # paths inside the folder; weights are added by what the index names
     "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
+    *COMPANIONS,
     "vocab.txt",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
     "additional_chat_templates/*.jinja",
     CARD,
-    "LICENSE",
-    "LICENSE.*",
-    "NOTICE",
-    "NOTICE.*",
-    "USE_POLICY.md",
+    "LICENSE*",
+    "NOTICE*",
     "minitron.json",
-    "prune_plan.json",
     "[a-z]*_log.json",  # the losses of a training stage
     "plots/*.png",
     "plots/*.svg",
