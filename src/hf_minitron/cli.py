@@ -188,6 +188,7 @@ COMMANDS = {
         ),
         "prune.stage.prune_checkpoint",
         reports.report_prune,
+        plot=reports.plot_prune,
     ),
     "cache-teacher": Command(
         "Store what the teacher says about the training rows, so that distill need not run it.",
