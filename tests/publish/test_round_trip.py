@@ -22,7 +22,6 @@ LOAD = """
 import sys, torch
 from transformers import AutoModelForCausalLM
 from hf_minitron import PruneConfig, PrunerForCausalLM
-from hf_minitron.prune.pruner import Checkpoint
 repo, output = sys.argv[1:]
 model = AutoModelForCausalLM.from_pretrained(repo, dtype="auto")
 with torch.no_grad():
