@@ -95,8 +95,8 @@ def load_texts(options: argparse.Namespace, folder: Path) -> dict[str, list[str]
     for word in options.texts:
         name, _, path = word.partition("=")
         texts[name] = load_text(path)["text"]
-        if len(texts[name]) == 1:  # one file of plain text: its paragraphs
-            texts[name] = [part for part in texts[name][0].split("\n\n") if part.strip()]
+        if len(texts[name]) == 1:  # one file of plain text: its lines
+            texts[name] = [line for line in texts[name][0].splitlines() if line.strip()]
     draw = np.random.default_rng(0)
     return {name: [documents[i] for i in draw.permutation(len(documents))] for name, documents in texts.items()}
 

@@ -102,21 +102,48 @@ def test_a_hub_model_comes_without_pickles_code_and_second_copies(
 ):
     asked = {}
 
-    def download(repo_id: str, **options) -> str:
+    def fetch(repo_id: str, **options) -> Path:
         asked.update(options, repo_id=repo_id)
-        return str(whole)
+        return whole
 
-    monkeypatch.setattr(checkpoint, "snapshot_download", download)
+    monkeypatch.setattr(checkpoint, "fetch_snapshot", fetch)
     opened = Checkpoint.open("someone/model", revision="v1", token="t", trust_remote_code=trust)
     assert opened.source == {"id": "someone/model", "commit": "whole"}
     assert (asked["repo_id"], asked["revision"], asked["token"]) == ("someone/model", "v1", "t")
     files = ["config.json", "model-00001-of-00002.safetensors", "pytorch_model.bin", "modeling.py", "tokenizer.json"]
     files += ["consolidated.safetensors", "original/params.json", "model.pt", "generation_config.json"]
+    files += ["README.md", "LICENSE", "NOTICE.txt", "eval.csv"]
     wanted = set(
         checkpoint_filter(files, allow_patterns=asked["allow_patterns"], ignore_patterns=asked["ignore_patterns"])
     )
     expected = {"config.json", "model-00001-of-00002.safetensors", "tokenizer.json", "generation_config.json"}
+    expected |= {"README.md", "LICENSE", "NOTICE.txt"}
     assert wanted == expected | ({"modeling.py"} if trust else set())
+
+
+def test_the_config_of_a_hub_model_comes_alone(whole: Path, monkeypatch: pytest.MonkeyPatch):
+    asked = {}
+    monkeypatch.setattr(checkpoint, "fetch_snapshot", lambda repo_id, **options: asked.update(options) or whole)
+    assert read_config("someone/model", revision="v1", token="t").hidden_size == 24
+    assert (asked["revision"], asked["token"], asked["allow_patterns"]) == ("v1", "t", ["config.json"])
+
+
+@pytest.mark.parametrize(
+    ("card", "facts"),
+    [
+        ("---\nlicense: other\nlicense_name: ours\nlanguage: [en]\ntags: [x]\n---\n# M", {
+            "license": "other", "license_name": "ours", "language": ["en"]}),
+        ("# no metadata\n---\nlicense: mit\n---\n", {}),
+        ("---\nlicense: [\n---\n", {}),
+        ("---\n- a list\n---\n", {}),
+        (None, {}),
+    ],
+)  # fmt: skip
+def test_what_a_card_says_of_license_and_language_is_described(whole: Path, card: str | None, facts: dict):
+    if card is not None:
+        (whole / "README.md").write_text(card, encoding="utf-8")
+    opened = Checkpoint.open(whole)
+    assert opened.described == opened.source | ({"card": facts} if facts else {})
 
 
 def checkpoint_filter(files: list[str], **patterns) -> list[str]:
@@ -408,6 +435,7 @@ def test_companions_travel_unchanged_and_nothing_else(tmp_path: Path):
     source, target = _fill(tmp_path / "source"), tmp_path / "target"
     target.mkdir()
     travelling = {"tokenizer.json": "1", "generation_config.json": "2", "chat_template.jinja": "3", "vocab.json": "4"}
+    travelling |= {"LICENSE": "terms", "NOTICE": "thanks"}
     for name, text in (travelling | {"config.json": "5", "model.safetensors": "6", "pytorch_model.bin": "7"}).items():
         (source / name).write_text(text, encoding="utf-8")
     copy_companions(source, target)

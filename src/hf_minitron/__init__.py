@@ -25,6 +25,8 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
     from hf_minitron.prune.plan import PrunePlan as PrunePlan
     from hf_minitron.prune.pruner import PrunerForCausalLM as PrunerForCausalLM
     from hf_minitron.prune.target import PruneConfig as PruneConfig
+    from hf_minitron.publish.card import write_model_card as write_model_card
+    from hf_minitron.publish.hub import push_checkpoint as push_checkpoint
 
 _MODULES = {
     "CachedTeacher": "distill.teacher_cache",
@@ -46,6 +48,8 @@ _MODULES = {
     "evaluate_perplexity": "evaluate.perplexity",
     "fused_linear_kd": "distill.kd_head",
     "open_mix": "mixes",
+    "push_checkpoint": "publish.hub",
+    "write_model_card": "publish.card",
 }
 __all__ = sorted(_MODULES)
 

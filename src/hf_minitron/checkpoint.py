@@ -13,27 +13,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import save_file
 from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 
-WEIGHTS = "model.safetensors"
-WEIGHTS_INDEX = "model.safetensors.index.json"
-PLAN_FILE = "prune_plan.json"  # the kept indices; cards of all later stages link them
-COMPANIONS = (
-    PLAN_FILE,  # travel unchanged from a source checkpoint to what is made from it
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-)
+from hf_minitron.hub_files import fetch_snapshot
+from hf_minitron.source_cards import read_card_facts
+from hf_minitron.weight_files import COMPANIONS, WEIGHTS, WEIGHTS_INDEX, index_tensors
+from hf_minitron.weight_files import PLAN_FILE as PLAN_FILE
+
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 MAX_SHARD_BYTES = 4_000_000_000
 
@@ -57,7 +45,7 @@ class Checkpoint:
     def __init__(self, folder: Path, source: dict[str, Any], trust_remote_code: bool = False):
         self.folder, self._source = folder, source
         self.config = read_config(folder, trust_remote_code=trust_remote_code)
-        self._shard_of = _index_tensors(folder)
+        self._shard_of = index_tensors(folder)
 
     @classmethod
     def open(
@@ -68,20 +56,27 @@ class Checkpoint:
         token: str | None = None,
         trust_remote_code: bool = False,
     ) -> Checkpoint:
-        """Opens a folder, or the safetensors of a Hub model at a revision (downloaded to the Hub's cache)."""
+        """Opens a folder, or the safetensors of a Hub model at a revision (downloaded to the Hub's cache, checked)."""
         folder = local_folder(model)
         if folder is not None:
             return cls(folder, {"path": folder.resolve().name}, trust_remote_code)
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "*.md"]
-        patterns += ["*.py"] if trust_remote_code else []
-        snapshot = snapshot_download(
+        patterns = [
+            "*.json",
+            "*.safetensors",
+            "*.jinja",
+            "tokenizer.model",
+            "merges.txt",
+            "*.md",
+            "LICENSE*",
+            "NOTICE*",
+        ]
+        snapshot = fetch_snapshot(
             str(model),
             revision=revision,
             token=token,
-            allow_patterns=patterns,
+            allow_patterns=patterns + (["*.py"] if trust_remote_code else []),
             ignore_patterns=["consolidated*", "*/*"],  # the weights again, in their makers' own layout
         )
-        snapshot = Path(snapshot)
         return cls(snapshot, {"id": str(model), "commit": snapshot.name}, trust_remote_code)
 
     @property
@@ -123,6 +118,12 @@ class Checkpoint:
                 digest.update(hashlib.file_digest(file, "sha256").digest())
         return self._source | {"sha256": digest.hexdigest()}
 
+    @property
+    def described(self) -> dict[str, Any]:
+        """``source``, with what its card says of license and language: for the first stage that reads a model."""
+        facts = read_card_facts(self.folder)
+        return self.source | ({"card": facts} if facts else {})
+
 
 class ModelTensors:
     """The tensors of a model in memory, read like a checkpoint's."""
@@ -158,55 +159,13 @@ def read_config(
 ) -> PreTrainedConfig:
     """Only the config of a folder or Hub model; no weights are touched."""
     folder = local_folder(model)
-    if folder is not None and not (folder / "config.json").is_file():
+    if folder is None:
+        code = ["*.py"] if trust_remote_code else []
+        patterns = {"allow_patterns": ["config.json", *code], "ignore_patterns": ["*/*"]}
+        folder = fetch_snapshot(str(model), revision=revision, token=token, **patterns)
+    if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face checkpoint folder.")
-    return AutoConfig.from_pretrained(
-        folder or model, revision=revision, token=token, trust_remote_code=trust_remote_code
-    )
-
-
-def _index_tensors(folder: Path) -> dict[str, str]:
-    """Tensor name → file name, after checking that all shards are there, readable and of full length."""
-    if (folder / WEIGHTS).is_file():  # wins over an index, as in transformers
-        shard_of = dict.fromkeys(_read_header(folder / WEIGHTS), WEIGHTS)
-    elif (folder / WEIGHTS_INDEX).is_file():
-        shard_of = _read_index(folder / WEIGHTS_INDEX)
-        missing = sorted({shard for shard in shard_of.values() if not (folder / shard).is_file()})
-        if missing:
-            raise FileNotFoundError(
-                f"{folder} lacks {', '.join(missing)}: the index names them, so the checkpoint was not downloaded or "
-                f"copied completely. Fetch it again."
-            )
-    else:
-        pickles = sorted(path.name for path in folder.glob("*.bin"))
-        found = f" It has {', '.join(pickles)}, which are pickles and can run code." if pickles else ""
-        raise FileNotFoundError(
-            f"{folder} has no {WEIGHTS}: only safetensors are read.{found} Save the model with "
-            f"model.save_pretrained(folder) first."
-        )
-    stored = {shard: _read_header(folder / shard) for shard in set(shard_of.values())}
-    absent = sorted(name for name, shard in shard_of.items() if name not in stored[shard])
-    if absent:
-        raise ValueError(
-            f"{folder}: the index names tensor {absent[0]!r} but {shard_of[absent[0]]} does not hold it. Fetch "
-            "it again."
-        )
-    return shard_of
-
-
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a whole index of shards ({error!r}). Download or copy it again.") from None
-
-
-def _read_header(path: Path) -> set[str]:
-    try:
-        with safe_open(path, framework="pt") as shard:
-            return set(shard.keys())
-    except SafetensorError as error:
-        raise ValueError(f"{path} is not a whole safetensors file ({error}). Download or copy it again.") from None
+    return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:

@@ -239,6 +239,21 @@ COMMANDS = {
         "evaluate.stage.evaluate_checkpoint",
         reports.report_evaluation,
     ),
+    "card": Command(
+        "Write the model card, README.md, from what is recorded in the folder.",
+        "folder",
+        ("publish.card.CardArguments",),
+        "publish.card.make_card",
+        reports.report_card,
+    ),
+    "push": Command(
+        "Publish a checkpoint folder with its card on the Hub, private by default.",
+        "folder",
+        ("publish.hub.PushArguments",),
+        "publish.hub.push_folder",
+        reports.report_push,
+        "the same command goes on: what is up is not sent again",
+    ),
 }
 
 

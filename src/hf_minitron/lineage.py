@@ -18,8 +18,6 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from hf_minitron.hardware import describe_hardware, versions
-
 LINEAGE_FILE = "minitron.json"
 FORMAT_VERSION = 1
 _SECRET_KEY = re.compile(r"(^|_)(token|secret|password|api_key)$", re.IGNORECASE)
@@ -42,8 +40,8 @@ class Stage:
     metrics: dict[str, Any] | None = None
     files: dict[str, str] | None = None
     started: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
-    versions: dict[str, str] = field(default_factory=versions)
-    hardware: dict[str, Any] = field(default_factory=describe_hardware)
+    versions: dict[str, str] = field(default_factory=lambda: _versions())
+    hardware: dict[str, Any] = field(default_factory=lambda: _hardware())
 
     def __post_init__(self) -> None:
         self._clock = time.monotonic()
@@ -121,3 +119,15 @@ def publishable(value: Any) -> Any:
     if isinstance(value, int) or value is None:
         return value
     return _SECRET_VALUE.sub(r"\1***", str(value))
+
+
+def _versions() -> dict[str, str]:  # imported late: their module needs torch, which reading a lineage does not
+    from hf_minitron.hardware import versions
+
+    return versions()
+
+
+def _hardware() -> dict[str, Any]:
+    from hf_minitron.hardware import describe_hardware
+
+    return describe_hardware()

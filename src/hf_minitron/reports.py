@@ -230,6 +230,31 @@ def report_evaluation(result: Any, arguments: Any) -> str:
     )
 
 
+def report_card(report: Any, arguments: Any) -> str:
+    """Where the card is, and what it leaves open."""
+    license = report.license or "not known: say it with --license ID before you publish"
+    source = f"of {report.num_stages} recorded stages" if report.num_stages else "without a record of how it was made"
+    return f"Wrote {report.path}: a {report.kind} model, {source}; license {license}"
+
+
+def report_push(report: Any, arguments: Any) -> str:
+    """Every file with its size, and where it stands now."""
+    rows = [(name, f"{size:,}") for name, size in report.files.items()]
+    rows.append((f"{len(rows)} files", f"{sum(report.files.values()):,}"))
+    lines = [markdown_table(("would be pushed" if report.dry_run else "on the Hub", "bytes"), rows), ""]
+    if report.left_out:
+        names = [name.split("/")[0] + "/" * ("/" in name) for name in report.left_out]
+        lines.append(f"Stays here: {', '.join(dict.fromkeys(names))}")
+    if report.dry_run:
+        return "\n".join([*lines, f"Nothing was sent. Without --dry-run this goes to {report.repo_id}."])
+    if report.deleted:
+        lines.append(f"Removed from the repository, as the new weights replace it: {', '.join(report.deleted)}")
+    done = "Committed" if report.committed else "All of it was there already"
+    seen = "private" if report.private else "public"
+    made = " -> ".join(stage["stage"] for stage in report.lineage) or "no lineage"
+    return "\n".join([*lines, f"{done}: {report.pull_request or report.url} ({seen}; {made}); checksums agree"])
+
+
 def _percent(part: int, whole: int) -> str:
     return f"{100 * part / whole:.1f} %" if whole else "–"
 

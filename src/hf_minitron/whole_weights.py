@@ -19,7 +19,7 @@ def save_whole(trainer: Trainer, folder: str) -> None:
     """
     state = _whole_state(trainer)
     if state is None:
-        trainer.save_model(folder)
+        trainer.save_model(folder, _internal_call=True)  # which does not push
         return
     if isinstance(trainer.model, PeftModel):
         if trainer.is_world_process_zero():

@@ -234,6 +234,7 @@ def test_the_papers_settings_are_the_defaults(tmp_path):
         ({"original_learning_rate": 2e-4, "learning_rate": 1e-3}, "a fifth of which is 4e-05: give one of the two"),
         ({"original_learning_rate": 30.0}, "original_learning_rate=30.0 is not between 0 and 1"),
         ({"kd_chunk_size": 0}, "kd_chunk_size=0"),
+        ({"push_to_hub": True}, "push_to_hub=True: .* use hf-minitron push"),
     ],
 )
 def test_wrong_settings_are_refused(tmp_path, options, message):

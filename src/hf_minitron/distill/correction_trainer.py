@@ -71,6 +71,11 @@ class TeacherCorrectionConfig(TokenMeanArguments):
             self.learning_rate = rates[1]
         super().__post_init__()
         check_method("method", self.method)
+        if self.push_to_hub:
+            raise ValueError(
+                "push_to_hub=True: a correction is written, judged by its report, and then pushed. Leave it out, and "
+                "use hf-minitron push DIR --repo-id ID."
+            )
 
 
 class CorrectionTrainer(TokenMeanTrainer):

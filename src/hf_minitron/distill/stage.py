@@ -25,6 +25,7 @@ from hf_minitron.distill.inputs import (
 )
 from hf_minitron.distill.layer_pairs import StudentOrigin, read_origin
 from hf_minitron.distill.parallel_correction import ParallelCorrection, check_correction, save_teacher
+from hf_minitron.distill.pushing import LOG_FILE, push_output
 from hf_minitron.distill.state_losses import LOSS_NAMES
 from hf_minitron.distill.stream_inputs import STREAM_OPTIONS
 from hf_minitron.distill.teacher_cache import CachedTeacher
@@ -32,7 +33,6 @@ from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.lineage import Stage
 from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_settings, save_trained, told_settings
 
-LOG_FILE = "distill_log.json"
 _ALWAYS_TOLD = ("divergence", "temperature", "ce_weight", *SCHEDULE)
 _TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset", *STREAM_OPTIONS}
 
@@ -109,7 +109,8 @@ def distill_checkpoint(
     seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
     after = _metrics(trainer.evaluate()) if held_out else {}
     report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
-    stage.inputs = {"student": student.source, "teacher": inputs.teacher.source}
+    teacher = inputs.teacher.described if isinstance(inputs.teacher, Checkpoint) else inputs.teacher.source
+    stage.inputs = {"student": student.described, "teacher": teacher}
     stage.data = {"max_length": inputs.max_length, "train": trainer.describe_stream() or train.facts}
     stage.data |= {"held_out": held_out.facts} if held_out else {}
     stage.tokens = report.num_tokens
@@ -119,6 +120,8 @@ def distill_checkpoint(
         stage = dataclasses.replace(stage, stage="correct", inputs={"teacher": inputs.teacher.source}, files=None)
         stage.metrics = {when: {"held_out": _of_teacher(found)} for when, found in (stage.metrics or {}).items()}
         save_teacher(trainer, inputs.teacher, Path(correction.corrected_teacher_dir), stage)
+    if config.push_to_hub and trainer.is_world_process_zero():
+        push_output(config)
     return report
 
 

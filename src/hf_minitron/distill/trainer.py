@@ -24,12 +24,13 @@ from hf_minitron.distill.kd_head import KDOutput
 from hf_minitron.distill.layer_pairs import StudentOrigin
 from hf_minitron.distill.measures import KD_VALUES, BatchLosses
 from hf_minitron.distill.parallel_correction import CorrectedTeacher, ParallelCorrection, prepare_correction
+from hf_minitron.distill.pushing import PushingTrainer
 from hf_minitron.distill.teacher import LiveTeacher, Teacher, last_hidden
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.token_trainer import TokenMeanTrainer
 
 
-class DistillationTrainer(TokenMeanTrainer):
+class DistillationTrainer(PushingTrainer, TokenMeanTrainer):
     """Trains `model`, the student, to give the distribution over the next token that `teacher_model` gives.
 
     Rows are dicts with `input_ids` and optionally `labels`, where -100 marks positions that are no targets. Loss and

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,7 @@ from hf_minitron.prune.scores import AXES, ImportanceScores
 from hf_minitron.prune.source import PruningSource
 from hf_minitron.prune.target import PruneConfig, count_parameters, source_sizes, target_config, target_sizes
 from hf_minitron.prune.trim import Trimmer
+from hf_minitron.publish.hub import PushResult, push_checkpoint
 
 MAX_QUESTION_LENGTH = 4096  # tokens; of longer questions the beginning is cut off
 logger = logging.getLogger(__name__)
@@ -265,6 +267,11 @@ class PrunerForCausalLM:
             append_stage(stage, temporary, self._source.folder)
         return path
 
+    def push_to_hub(self, repo_id: str, **options: Any) -> PushResult:
+        """Saves, by way of a folder that is removed again, and pushes with a card; ``options`` of `push_checkpoint`."""
+        with tempfile.TemporaryDirectory() as folder:
+            return push_checkpoint(self.save_pretrained(Path(folder) / repo_id.split("/")[-1]), repo_id, **options)
+
     @property
     def planned(self) -> PrunePlan | None:
         """What ``save_pretrained`` would write: the plan of the last ``prune``, ``refit`` or ``set_plan``."""
@@ -284,7 +291,7 @@ class PrunerForCausalLM:
 
     def _describe_stage(self, num_parameters: int) -> Stage:
         stage, plan, info = self._stage, self._plan, dict(self._plan.info)
-        stage.inputs = {"source": self.source}
+        stage.inputs = {"source": self._source.described}
         stage.data = info.pop("calibration", None)
         stage.tokens = info.get("num_tokens")
         stage.settings = {"sizes": plan.sizes, "source_sizes": plan.source_sizes, **info}

@@ -61,6 +61,11 @@ class PruningSource:
         return {"path": Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name}
 
     @property
+    def described(self) -> dict[str, Any]:
+        """``description``, with what a checkpoint's card says of license and language."""
+        return self._checkpoint.described if self._checkpoint else self.description
+
+    @property
     def has_tokenizer(self) -> bool:
         """Whether one was given, or may lie in the checkpoint."""
         return self._tokenizer is not None or self._checkpoint is not None
