@@ -37,7 +37,7 @@ def test_this_version_of_trl_is_one_that_was_read():
     assert TESTED.get(trl.__version__, found) == found, f"trl {trl.__version__} is not what was read"
     assert found in TESTED.values(), (
         f"trl {trl.__version__} changed one of DPOTrainer's {METHODS}. Read what changed: RPOTrainer expects the "
-        f"policy's and then the reference's forward pass, with `log_probs` in the outputs. Then add {found!r} to TESTED."
+        f"policy's and then the reference's forward pass, with `log_probs` in them. Then add {found!r} to TESTED."
     )
 
 
