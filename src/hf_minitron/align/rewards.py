@@ -1,0 +1,127 @@
+"""Rewards for preference pairs: from a reward model, an endpoint or a function; kept on disk as they come.
+
+RPO needs to know by how much a chosen response is better (Nemotron-4 340B, arXiv 2406.11704, section 3.3).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from datasets import Dataset
+from tqdm.auto import tqdm
+from trl import extract_prompt
+
+from hf_minitron.align.pairs import REWARD_COLUMNS
+from hf_minitron.align.scorers import ConstantRewards, Exchange, Scorer
+
+logger = logging.getLogger(__name__)
+
+CACHE_FILE = "rewards.jsonl"
+
+
+def label_rewards(
+    dataset: Dataset, scorer: Scorer | None = None, *, batch_size: int = 8, cache_dir: str | Path | None = None
+) -> Dataset:
+    """`dataset` with `chosen_reward` and `rejected_reward`, as fp64 numbers whose scale is the scorer's own.
+
+    `dataset` has `chosen` and `rejected`, and `prompt` unless that is their common beginning; texts or messages.
+    `scorer` gives a list of exchanges their rewards: one of `scorers.py`, or any function of that shape with a `name`.
+    Without one the rewards are 1 and 0, as the reference implementation has them where there is no reward model.
+
+    With `cache_dir` every batch is written to `rewards.jsonl` there as soon as it is scored, by the content of the
+    exchange and the scorer's name: a run that was stopped goes on, and no exchange is scored twice. Raises ValueError
+    for a reward that is not a finite number.
+    """
+    missing = {"chosen", "rejected"} - set(dataset.column_names)
+    if missing:
+        raise ValueError(f"The data set has {dataset.column_names}, without {sorted(missing)}: it holds no pairs.")
+    scorer = scorer or ConstantRewards()
+    rows = dataset if "prompt" in dataset.column_names else (extract_prompt(row) for row in dataset)
+    pairs = [[Exchange(row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in rows]
+    if isinstance(scorer, ConstantRewards):
+        values = [[1.0, 0.0]] * len(pairs)
+    else:
+        flat = score_exchanges([one for pair in pairs for one in pair], scorer, batch_size, cache_dir)
+        values = [flat[start : start + 2] for start in range(0, len(flat), 2)]
+        _report(values)
+    dataset = dataset.remove_columns([name for name in REWARD_COLUMNS if name in dataset.column_names])
+    for side, name in enumerate(REWARD_COLUMNS):
+        dataset = dataset.add_column(name, [pair[side] for pair in values])
+    return dataset
+
+
+def score_exchanges(
+    exchanges: Sequence[Exchange], scorer: Scorer, batch_size: int, cache_dir: str | Path | None = None
+) -> list[float]:
+    """The reward of every exchange, in order; those that are in the cache, or there twice, are scored once."""
+    if batch_size < 1:
+        raise ValueError(f"batch_size={batch_size} scores nothing: use at least 1.")
+    cache = RewardCache(None if cache_dir is None else Path(cache_dir) / CACHE_FILE)
+    keys = [exchange.key(scorer.name) for exchange in exchanges]
+    wanted = {key: exchange for key, exchange in zip(keys, exchanges, strict=True) if key not in cache.known}
+    with tqdm(total=len(wanted), desc=f"rewards by {scorer.name}", unit=" responses", disable=None) as bar:
+        for batch in _batches(wanted.items(), batch_size):
+            rewards = scorer([exchange for _, exchange in batch])
+            cache.add(_checked(batch, rewards, scorer))
+            bar.update(len(batch))
+    return [cache.known[key] for key in keys]
+
+
+class RewardCache:
+    """Rewards by the key of their exchange, one JSON line each; a line that a kill cut off is scored again."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.known: dict[str, float] = {}
+        if path is None:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_file():
+            whole, _, cut_off = path.read_text(encoding="utf-8").rpartition("\n")
+            self.known = {line["key"]: line["reward"] for line in map(json.loads, whole.splitlines())}
+            if cut_off:
+                path.write_text(whole + "\n" if whole else "", encoding="utf-8")
+
+    def add(self, rewards: dict[str, float]) -> None:
+        """Remembers a batch, on disk too where there is a file."""
+        self.known |= rewards
+        if self.path is not None:
+            lines = [json.dumps({"key": key, "reward": reward}) + "\n" for key, reward in rewards.items()]
+            with self.path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+
+
+def _checked(batch: Sequence[tuple[str, Exchange]], rewards: Sequence[float], scorer: Scorer) -> dict[str, float]:
+    if len(rewards) != len(batch):
+        raise ValueError(f"{scorer.name} gave {len(rewards)} rewards for {len(batch)} responses: each needs one.")
+    found = {}
+    for (key, exchange), reward in zip(batch, rewards, strict=True):
+        found[key] = float(reward)
+        if not math.isfinite(found[key]):
+            raise ValueError(
+                f"{scorer.name} gave the reward {found[key]} to the response {str(exchange.response)[:80]!r}. Rewards "
+                "are finite numbers: mend the scorer, or leave that row out. What was scored before is kept."
+            )
+    return found
+
+
+def _batches(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    items = list(items)
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def _report(values: Sequence[Sequence[float]]) -> None:
+    gaps = [chosen - rejected for chosen, rejected in values]
+    inverted = sum(gap < 0 for gap in gaps)
+    logger.info(
+        "%d pairs labelled; reward gap %.3g on average, between %.3g and %.3g.",
+        *(len(gaps), sum(gaps) / len(gaps), min(gaps), max(gaps)),
+    )
+    if inverted:
+        logger.warning("In %d of %d pairs the rejected response has the higher reward.", inverted, len(gaps))
