@@ -19,7 +19,17 @@ ROOT = Path(__file__).resolve().parents[1]
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
 
 PACKAGE = "hf_minitron"
-BASE = {"adapters", "architectures", "checkpoint", "data", "hardware", "lineage", "text_files"}
+BASE = {
+    "adapters",
+    "architectures",
+    "checkpoint",
+    "data",
+    "hardware",
+    "lineage",
+    "text_files",
+    "training",
+    "whole_weights",
+}
 STAGES = {"prune", "distill", "align", "evaluate", "publish"}
 PIPELINES = {"ranking"}  # several stages in one run
 TOP = {"", "__main__", "cli", "reports"}  # "" is the package's own __init__.py

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM, TrainerCallback
 from transformers.models.llama.modeling_llama import LlamaMLP
 
 from hf_minitron.distill.config import DistillationConfig
-from hf_minitron.distill.sharding import save_whole
 from hf_minitron.distill.trainer import DistillationTrainer
+from hf_minitron.whole_weights import save_whole
 
 helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
 tiny_llama, uneven_rows = helpers["tiny_llama"], helpers["uneven_rows"]

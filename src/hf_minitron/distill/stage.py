@@ -3,22 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-import os
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_pt_utils import AcceleratorConfig
 
 from hf_minitron.adapters import LoraArguments, add_adapters
-from hf_minitron.checkpoint import Checkpoint, check_output_dir, copy_companions, write_tensors
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import (
@@ -29,22 +21,13 @@ from hf_minitron.distill.inputs import (
     load_inputs,
     open_checkpoint,
 )
-from hf_minitron.distill.sharding import save_whole
 from hf_minitron.distill.trainer import DistillationTrainer
-from hf_minitron.lineage import Stage, append_stage, publishable, settings_dict
+from hf_minitron.lineage import Stage
+from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_settings, save_trained, told_settings
 
 LOG_FILE = "distill_log.json"
-_TOLD_ELSEWHERE = {
-    "student_model",
-    "teacher_model",
-    "teacher_cache",
-    "dataset",
-    "eval_dataset",
-    "output_dir",
-    "logging_dir",
-    "run_name",
-}
-_TOLD_ELSEWHERE |= {"overwrite", "resume_from_checkpoint", "disable_tqdm", "report_to"}  # nothing about the result
+_ALWAYS_TOLD = ("divergence", "temperature", "ce_weight", *SCHEDULE)
+_TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset"}
 
 
 @dataclass(frozen=True)
@@ -76,14 +59,15 @@ def distill_checkpoint(
     arguments; by default they are read now.
     """
     lora = lora or LoraArguments()
-    stage = Stage("distill", settings=_settings(arguments, config) | _lora_settings(lora))
-    output_dir, resume = Path(config.output_dir), _find_resume(arguments, config)
+    stage = Stage("distill", settings=_settings(arguments, config) | lora_settings(lora))
+    output_dir = Path(config.output_dir)
+    resume = find_resume(output_dir, config.resume_from_checkpoint, arguments.overwrite)
     student = open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
     if inputs is None:
         inputs = load_inputs(arguments, config, student)
     check_vocabularies(student, inputs.teacher, config)
     if resume is None:
-        _empty(output_dir)
+        empty_folder(output_dir)
     train, held_out = inputs.train, inputs.held_out
     tokenizer = AutoTokenizer.from_pretrained(student.folder)
     student_model = load_checked(student, torch.float32, arguments.trust_remote_code)
@@ -108,91 +92,12 @@ def distill_checkpoint(
     stage.data |= {"held_out": held_out.facts} if held_out else {}
     stage.tokens = report.num_tokens
     stage.metrics = {"before": before, "after": after} if after else None
-    save_student(trainer, student, output_dir, stage)
+    save_trained(trainer, student, output_dir, stage, LOG_FILE)
     return report
 
 
-def save_student(trainer: DistillationTrainer, source: Checkpoint, output_dir: Path, stage: Stage) -> None:
-    """Writes the trained student over its checkpoints' folder: weights in the source's dtype, the lineage last.
-
-    A folder with ``minitron.json`` is therefore complete. Every process must call this: sharded weights are gathered.
-    """
-    gathered, whole = output_dir / ".gathered.tmp", output_dir / ".student.tmp"
-    save_whole(trainer, str(gathered))
-    if trainer.is_world_process_zero():
-        shutil.rmtree(whole, ignore_errors=True)
-        whole.mkdir(parents=True)
-        trained = Checkpoint.open(gathered)
-        _write_in_dtype_of(source, trained, whole)
-        copy_companions(source.folder, whole)
-        (whole / LOG_FILE).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-        stage.files = {LOG_FILE: "training log"}
-        for path in [*whole.iterdir()]:
-            os.replace(path, output_dir / path.name)
-        append_stage(stage, output_dir, source.folder)
-        shutil.rmtree(whole)
-        shutil.rmtree(gathered)
-    trainer.accelerator.wait_for_everyone()
-
-
-def _write_in_dtype_of(source: Checkpoint, trained: Checkpoint, folder: Path) -> None:
-    """Copies weights and config, each tensor in the dtype that the source stores it in."""
-    dtypes = {name: source.dtype(name) if name in source else source.config.dtype for name in trained.names}
-    sizes = {name: math.prod(trained.shape(name)) * dtypes[name].itemsize for name in trained.names}
-    write_tensors(folder, sizes, lambda name: trained.read(name).to(dtypes[name]))
-    trained.config.dtype = source.config.dtype
-    trained.config.save_pretrained(folder)
-
-
-def _find_resume(arguments: DistillArguments, config: DistillationConfig) -> str | None:
-    """The checkpoint to go on from, if that was asked for; refuses a folder whose content would be lost or mixed up."""
-    output_dir, resume = Path(config.output_dir), config.resume_from_checkpoint
-    last = last_whole_checkpoint(output_dir)
-    if resume is not None and str(resume).lower() in ("true", "last"):
-        if last is None:
-            raise FileNotFoundError(
-                f"resume_from_checkpoint={resume}: {output_dir} has no checkpoint-* folder. "
-                "Leave the option out to start."
-            )
-        return last
-    if resume is None and last is not None and not arguments.overwrite:
-        raise FileExistsError(
-            f"output_dir={output_dir} holds {Path(last).name} of an earlier run. Add --resume-from-checkpoint true to "
-            "go on from it, or --overwrite to start again."
-        )
-    if resume is None:
-        check_output_dir(output_dir, arguments.overwrite)
-    return resume
-
-
-def last_whole_checkpoint(output_dir: Path) -> str | None:
-    """The newest ``checkpoint-*`` whose writing was not cut off: the Trainer writes its own state last."""
-    whole = [path for path in output_dir.glob("checkpoint-*") if (path / TRAINER_STATE_NAME).is_file()]
-    return str(max(whole, key=lambda path: int(path.name.rpartition("-")[2]))) if whole else None
-
-
-def _empty(output_dir: Path) -> None:
-    if PartialState().is_main_process:
-        shutil.rmtree(output_dir, ignore_errors=True)
-        output_dir.mkdir(parents=True)
-    PartialState().wait_for_everyone()
-
-
 def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[str, Any]:
-    """What was asked for, but not what inputs and data tell; of the Trainer's settings those that were changed."""
-    asked = {key: value for key, value in settings_dict(arguments).items() if key not in _TOLD_ELSEWHERE}
-    # Not those of a config made here: a second one in a process would set up its devices anew.
-    fields = dataclasses.fields(DistillationConfig)
-    default = publishable({f.name: f.default for f in fields if f.default is not dataclasses.MISSING})
-    default["accelerator_config"] = str(AcceleratorConfig())
-    chosen = settings_dict(config)
-    always = ("divergence", "temperature", "ce_weight", "learning_rate", "lr_scheduler_type", "warmup_steps", "seed")
-    changed = {k: v for k, v in chosen.items() if k in always or (v or None) != (default.get(k) or None)}
-    return asked | {key: value for key, value in changed.items() if key not in _TOLD_ELSEWHERE}
-
-
-def _lora_settings(lora: LoraArguments) -> dict[str, Any]:
-    return {} if lora.lora_r is None else {key: value for key, value in settings_dict(lora).items() if value}
+    return told_settings(arguments, config, DistillationConfig, _ALWAYS_TOLD, _TOLD_ELSEWHERE)
 
 
 def _isolating_collator(

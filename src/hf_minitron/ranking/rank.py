@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM
 
 from hf_minitron.distill.inputs import DistillArguments, DistillInputs, load_inputs
-from hf_minitron.distill.stage import LOG_FILE, distill_checkpoint, last_whole_checkpoint
+from hf_minitron.distill.stage import LOG_FILE, distill_checkpoint
 from hf_minitron.evaluate.perplexity import row_losses
 from hf_minitron.hardware import fast_dtype
 from hf_minitron.lineage import LINEAGE_FILE, read_lineage, settings_dict
@@ -37,6 +37,7 @@ from hf_minitron.ranking.records import (
     fingerprint,
 )
 from hf_minitron.ranking.scoring import Scoring
+from hf_minitron.training import last_whole_checkpoint
 
 CANDIDATES_DIR = "candidates"
 # Settings that say where and how a run reports and saves, nothing about its result.
