@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from trl import extract_prompt
 
 from hf_minitron.align.pairs import REWARD_COLUMNS
-from hf_minitron.align.scorers import ConstantRewards, Exchange, Scorer
+from hf_minitron.align.scorers import ConstantRewards, Exchange, Scorer, name_of
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +30,8 @@ def label_rewards(
     """`dataset` with `chosen_reward` and `rejected_reward`, as fp64 numbers whose scale is the scorer's own.
 
     `dataset` has `chosen` and `rejected`, and `prompt` unless that is their common beginning; texts or messages.
-    `scorer` gives a list of exchanges their rewards: one of `scorers.py`, or any function of that shape with a `name`.
-    Without one the rewards are 1 and 0, as the reference implementation has them where there is no reward model.
+    `scorer` gives a list of exchanges their rewards: one of `scorers.py`, or any function of that shape. Without one
+    the rewards are 1 and 0, as the reference implementation has them where there is no reward model.
 
     With `cache_dir` every batch is written to `rewards.jsonl` there as soon as it is scored, by the content of the
     exchange and the scorer's name: a run that was stopped goes on, and no exchange is scored twice. Raises ValueError
@@ -40,6 +40,8 @@ def label_rewards(
     missing = {"chosen", "rejected"} - set(dataset.column_names)
     if missing:
         raise ValueError(f"The data set has {dataset.column_names}, without {sorted(missing)}: it holds no pairs.")
+    if not len(dataset):
+        raise ValueError("The data set has no rows: there is nothing to label.")
     scorer = scorer or ConstantRewards()
     rows = dataset if "prompt" in dataset.column_names else (extract_prompt(row) for row in dataset)
     pairs = [[Exchange(row["prompt"], row[side]) for side in ("chosen", "rejected")] for row in rows]
@@ -61,13 +63,16 @@ def score_exchanges(
     """The reward of every exchange, in order; those that are in the cache, or there twice, are scored once."""
     if batch_size < 1:
         raise ValueError(f"batch_size={batch_size} scores nothing: use at least 1.")
+    name = name_of(scorer)
+    if cache_dir is not None and "<lambda>" in name:
+        raise ValueError("The scorer has no name, by which its rewards could be found again: define it as a function.")
     cache = RewardCache(None if cache_dir is None else Path(cache_dir) / CACHE_FILE)
-    keys = [exchange.key(scorer.name) for exchange in exchanges]
+    keys = [exchange.key(name) for exchange in exchanges]
     wanted = {key: exchange for key, exchange in zip(keys, exchanges, strict=True) if key not in cache.known}
-    with tqdm(total=len(wanted), desc=f"rewards by {scorer.name}", unit=" responses", disable=None) as bar:
+    with tqdm(total=len(wanted), desc="rewards", unit=" responses", disable=None) as bar:
         for batch in _batches(wanted.items(), batch_size):
             rewards = scorer([exchange for _, exchange in batch])
-            cache.add(_checked(batch, rewards, scorer))
+            cache.add(_checked(batch, rewards, name))
             bar.update(len(batch))
     return [cache.known[key] for key in keys]
 
@@ -83,7 +88,12 @@ class RewardCache:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_file():
             whole, _, cut_off = path.read_text(encoding="utf-8").rpartition("\n")
-            self.known = {line["key"]: line["reward"] for line in map(json.loads, whole.splitlines())}
+            try:
+                self.known = {line["key"]: line["reward"] for line in map(json.loads, whole.splitlines())}
+            except (ValueError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f"{path} is damaged ({error}): remove it, and its rewards are asked for anew."
+                ) from None
             if cut_off:
                 path.write_text(whole + "\n" if whole else "", encoding="utf-8")
 
@@ -96,15 +106,15 @@ class RewardCache:
                 file.writelines(lines)
 
 
-def _checked(batch: Sequence[tuple[str, Exchange]], rewards: Sequence[float], scorer: Scorer) -> dict[str, float]:
+def _checked(batch: Sequence[tuple[str, Exchange]], rewards: Sequence[float], name: str) -> dict[str, float]:
     if len(rewards) != len(batch):
-        raise ValueError(f"{scorer.name} gave {len(rewards)} rewards for {len(batch)} responses: each needs one.")
+        raise ValueError(f"{name} gave {len(rewards)} rewards for {len(batch)} responses: each needs one.")
     found = {}
     for (key, exchange), reward in zip(batch, rewards, strict=True):
         found[key] = float(reward)
         if not math.isfinite(found[key]):
             raise ValueError(
-                f"{scorer.name} gave the reward {found[key]} to the response {str(exchange.response)[:80]!r}. Rewards "
+                f"{name} gave the reward {found[key]} to the response {str(exchange.response)[:80]!r}. Rewards "
                 "are finite numbers: mend the scorer, or leave that row out. What was scored before is kept."
             )
     return found
