@@ -64,6 +64,10 @@ class GradientCapture(TrainerCallback):
         self.values = {name: gradient.tolist() for name, gradient in whole.items()}
 
 
+# Two steps, as the weight of the second is a ratio of the first; the students here are narrower than their teachers.
+WITH_STATES = {"intermediate_losses": ["emb", "att", "i", "o"], "max_steps": 2}
+
+
 def engine_options(engine: str) -> dict[str, Any]:
     """What TrainingArguments need for "ddp" (or one process), "zero1" to "zero3" and "fsdp2"."""
     if engine.startswith("zero"):
@@ -81,19 +85,20 @@ def sharding(model: nn.Module) -> str:
 
 
 def one_step(
-    tied: bool, rows_per_device: int, accumulation: int, engine: str = "ddp", cache: Path | None = None
+    tied: bool, rows_per_device: int, accumulation: int, engine: str = "ddp", cache: Path | None = None, **options: Any
 ) -> dict[str, Any]:
     """Evaluates 7 rows, trains one step on 8, and returns metrics, the step's log and its whole gradient.
 
-    With ``cache`` the teacher is cached in that folder first, and the student learns from there.
+    With ``cache`` the teacher is cached in that folder first, and the student learns from there. With ``max_steps``
+    among the ``options`` of the config, log and gradient are those of the last step.
     """
     with tempfile.TemporaryDirectory() as folder:
+        settings = {"max_steps": 1} | engine_options(engine) | options
         args = DistillationConfig(
             output_dir=folder,
             per_device_train_batch_size=rows_per_device,
             per_device_eval_batch_size=2,
             gradient_accumulation_steps=accumulation,
-            max_steps=1,
             optim="sgd",
             learning_rate=0.1,
             max_grad_norm=0.0,
@@ -103,7 +108,7 @@ def one_step(
             report_to="none",
             save_strategy="no",
             disable_tqdm=True,
-            **engine_options(engine),
+            **settings,
         )
         student, teacher = tiny_llama(16, seed=1, tied=tied), tiny_llama(24, seed=2)
         if cache is not None:
@@ -125,7 +130,7 @@ def one_step(
         "processes": trainer.accelerator.num_processes,
         "type": trainer.accelerator.distributed_type.value,
         "sharding": {"student": sharding(student), "teacher": "cached" if cache else sharding(teacher)},
-        "log": next(entry for entry in trainer.state.log_history if "loss" in entry),
+        "log": [entry for entry in trainer.state.log_history if "loss" in entry][-1],
         "metrics": metrics,
         "gradient": gradient.values,
     }

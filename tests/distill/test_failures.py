@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from hf_minitron.distill import trainer as trainer_module
+from hf_minitron.distill import head_loss
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.trainer import DistillationTrainer
 
@@ -36,7 +36,7 @@ def make_trainer(folder: Path, **options) -> DistillationTrainer:
 def test_a_nan_names_its_step_and_rows_and_leaves_the_last_good_checkpoint(tmp_path, monkeypatch, accumulation):
     """Poison in the second batch of the fifth step, or in the only one; it is found at the next log, at step 6."""
     trainer = make_trainer(tmp_path, gradient_accumulation_steps=accumulation)
-    batches, loss = [], trainer_module.fused_linear_kd
+    batches, loss = [], head_loss.fused_linear_kd
 
     def poisoned(student_hidden, *args, **kwargs):
         if len(batches) == 5 * accumulation:
@@ -44,7 +44,7 @@ def test_a_nan_names_its_step_and_rows_and_leaves_the_last_good_checkpoint(tmp_p
         return loss(student_hidden, *args, **kwargs)
 
     step = trainer.compute_loss
-    monkeypatch.setattr(trainer_module, "fused_linear_kd", poisoned)
+    monkeypatch.setattr(head_loss, "fused_linear_kd", poisoned)
     monkeypatch.setattr(trainer, "compute_loss", lambda m, inputs, **k: batches.append(inputs) or step(m, inputs, **k))
     with pytest.raises(FloatingPointError, match="between steps 3 and 6") as error:
         trainer.train()
@@ -66,7 +66,7 @@ def test_out_of_memory_says_what_to_lower(tmp_path, monkeypatch):
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(trainer_module, "fused_linear_kd", full)
+    monkeypatch.setattr(head_loss, "fused_linear_kd", full)
     with pytest.raises(torch.OutOfMemoryError) as error:
         make_trainer(tmp_path, per_device_train_batch_size=8, gradient_accumulation_steps=3).train()
     message = str(error.value)

@@ -26,6 +26,7 @@ SOURCE = FOLDER.parents[1] / "src"
 ENGINES = {"ddp": ("MULTI_CPU", None), "fsdp2": ("FSDP", None)} | {f"zero{n}": ("DEEPSPEED", n) for n in (1, 2, 3)}
 SETTINGS = {"max_steps": 6, "learning_rate": 1e-2, "warmup_steps": 0, "seed": 3, "report_to": "none", "use_cpu": True}
 SETTINGS |= {"save_strategy": "steps", "save_steps": 2, "logging_steps": 1, "disable_tqdm": True}
+STATES = ["emb", "o"]  # intermediate losses of all but the adapters
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +52,7 @@ def options(student, tiny_checkpoint, tiny_text, held_out_text):
 def alone(tmp_path_factory, options):
     """The uninterrupted run of one process, with the two processes' rows in one batch."""
     folder = tmp_path_factory.mktemp("alone") / "student"
-    settings = SETTINGS | {"per_device_train_batch_size": 4, "save_strategy": "no"}
+    settings = SETTINGS | {"per_device_train_batch_size": 4, "save_strategy": "no", "intermediate_losses": STATES}
     distill_checkpoint(DistillArguments(**options), DistillationConfig(output_dir=str(folder), **settings))
     return folder
 
@@ -88,7 +89,8 @@ def test_a_killed_run_ends_like_one_that_was_not(processes, alone, engine):
     expected, log = train_log(alone), train_log(processes / engine)
     assert log.keys() == expected.keys() == set(range(1, 7))
     for step, entry in expected.items():
-        for name in ("loss", "kl", "lm_loss", "grad_norm", "num_tokens_seen"):
+        names = ("intermediate_o", "intermediate_emb", "intermediate_weight")
+        for name in ("loss", "kl", "lm_loss", "grad_norm", "num_tokens_seen", *names):
             assert log[step][name] == pytest.approx(entry[name], rel=1e-5), (step, name)
     after = [
         json.loads((f / "minitron.json").read_text())["stages"][-1]["metrics"]["after"]
@@ -102,7 +104,8 @@ def test_what_was_saved_loads_in_plain_transformers(processes, alone, engine):
     expected = AutoModelForCausalLM.from_pretrained(alone)
     saved = [processes / engine, processes / engine / "checkpoint-6"]
     for folder in saved:
-        model = AutoModelForCausalLM.from_pretrained(folder)
+        model, problems = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+        assert not problems["unexpected_keys"]  # such as a projection
         assert model.dtype == torch.float32 and model.lm_head.weight is model.model.embed_tokens.weight
         for (name, one), (_, other) in zip(expected.named_parameters(), model.named_parameters(), strict=True):
             assert (one - other).norm() < 1e-4 * one.norm(), (folder, name)

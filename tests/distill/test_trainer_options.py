@@ -59,17 +59,22 @@ def test_activation_checkpointing_gives_the_same_gradient(tmp_path, monkeypatch,
 
 
 def test_compiled_backbones_give_the_same_losses(tmp_path):
-    """The backend "eager" traces without generating code; rows of one length are traced once."""
+    """The backend "eager" traces without generating code; rows of one length are traced once.
+
+    The hooks that record intermediate states are traced too, and do not break the graph.
+    """
     generator = torch.Generator().manual_seed(3)
     rows = [{"input_ids": torch.randint(0, 64, (12,), generator=generator).tolist()} for _ in range(12)]
-    _, _, expected = train(tmp_path, rows=rows, max_steps=3)
+    states = {"intermediate_losses": ["emb", "att", "i", "o"]}
+    plain, _, expected = train(tmp_path, rows=rows, max_steps=3, **states)
     torch._dynamo.reset()
     counters = torch._dynamo.utils.counters
     counters.clear()
-    trainer, _, losses = train(tmp_path, rows=rows, max_steps=3, torch_compile=True, torch_compile_backend="eager")
+    compiled = {"torch_compile": True, "torch_compile_backend": "eager"}
+    trainer, _, losses = train(tmp_path, rows=rows, max_steps=3, **compiled, **states)
     assert losses == pytest.approx(expected, rel=1e-5)
     assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]  # student and teacher, each whole
-    assert trainer.evaluate()["eval_kl"] > 0
+    assert trainer.evaluate()["eval_intermediate_o"] == pytest.approx(plain.evaluate()["eval_intermediate_o"], rel=1e-5)
     assert all("_orig_mod" not in name for name in trainer.model.state_dict())
 
 

@@ -28,7 +28,7 @@ ENGINES = {
     "fsdp2": ("FSDP", "DTensor", "DTensor"),
 }
 CASES = [(engine, f"{head}-{count}") for engine in ENGINES for head in ("tied", "untied") for count in (1, 4)]
-CASES += [("ddp", "cached-4")]
+CASES += [("ddp", "cached-4"), *((engine, "states-4") for engine in ENGINES)]
 
 
 @pytest.fixture(scope="module")
@@ -45,8 +45,10 @@ def two_processes(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one_process():
-    one_step = runpy.run_path(str(FOLDER / "distillation_run.py"))["one_step"]
+    helpers = runpy.run_path(str(FOLDER / "distillation_run.py"))
+    one_step = helpers["one_step"]
     results = {head: one_step(head == "tied", rows_per_device=8, accumulation=1) for head in ("tied", "untied")}
+    results["states"] = one_step(False, rows_per_device=8, accumulation=1, **helpers["WITH_STATES"])
     return results | {"cached": results["untied"]}  # whoever learns from a cache learns what the live teacher teaches
 
 

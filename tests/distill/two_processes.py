@@ -33,6 +33,7 @@ IN_PARTS = {
     "zero3": ("--mixed_precision=bf16", "--zero3_save_16bit_model=false"),
     "fsdp2": ("--mixed_precision=bf16", "--fsdp_state_dict_type=SHARDED_STATE_DICT"),
 }
+STATES = ("emb", "o")
 LORA = ("--lora_r=4", "--lora_target_modules", "q_proj", "down_proj", "--use_dora=true")
 RECIPES = Path(__file__).parents[2] / "recipes" / "accelerate"
 helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
@@ -88,15 +89,20 @@ def step_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
 
 
 def all_steps(engine: str, cache: Path) -> dict[str, Any]:
-    """Every head and accumulation, under `head-accumulation`; with DDP also from a cached teacher."""
+    """Every head and accumulation, under `head-accumulation`; with intermediate states; with DDP from a cache too."""
     results = {}
     cached = [("cached", 4)] if engine == "ddp" else []
-    for head, accumulation in [("tied", 1), ("tied", 4), ("untied", 1), ("untied", 4), *cached]:
+    for head, accumulation in [("tied", 1), ("tied", 4), ("untied", 1), ("untied", 4), ("states", 4), *cached]:
         AcceleratorState._reset_state()
         GradientState._reset_state()
         with fsdp_on_cpus(engine == "fsdp2"):
             results[f"{head}-{accumulation}"] = helpers["one_step"](
-                head == "tied", 4 // accumulation, accumulation, engine, cache if head == "cached" else None
+                head == "tied",
+                4 // accumulation,
+                accumulation,
+                engine,
+                cache if head == "cached" else None,
+                **(helpers["WITH_STATES"] if head == "states" else {}),
             )
     return results
 
@@ -126,15 +132,19 @@ def fsdp_on_cpus(wanted: bool = True) -> Iterator[None]:
 
 
 def stage_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
-    """Every engine is killed in its fifth step and goes on; two run again with checkpoints in parts, and with LoRA."""
-    jobs = {}
+    """Every engine is killed in its fifth step and goes on; two run again with checkpoints in parts, and with LoRA.
+
+    But for LoRA they learn intermediate states too, whose projection and weight must survive.
+    """
+    jobs, lora = {}, [*words, *LORA]
+    words = [*words, "--intermediate-losses", *STATES]
     for engine in ENGINES:
         resumed = [*words, "--resume-from-checkpoint=true"]
         jobs[f"{engine}-killed"] = (signal.SIGKILL, distill, (engine, folder / engine, words, [], 4))
         jobs[f"{engine}-resumed"] = (0, distill, (engine, folder / engine, resumed))
     for engine, options in IN_PARTS.items():
         jobs[f"{engine}-parts"] = (0, distill, (engine, folder / f"{engine}-parts", [*words, "--bf16=true"], options))
-    lora, resume = [*words, *LORA], ["--resume-from-checkpoint=true"]
+    resume = ["--resume-from-checkpoint=true"]
     jobs["zero3-lora-killed"] = (signal.SIGKILL, distill, ("zero3", folder / "zero3-lora", lora, [], 4))
     jobs["zero3-lora"] = (0, distill, ("zero3", folder / "zero3-lora", lora + resume))
     jobs["fsdp2-lora"] = (0, distill, ("fsdp2", folder / "fsdp2-lora", lora))

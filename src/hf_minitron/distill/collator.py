@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_minitron.distill.fingerprints import keys_tensor, row_key
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
@@ -55,6 +56,15 @@ class CausalLMCollator:
                 )
             batch["position_ids"] = restarting_positions(batch["input_ids"], self.document_end)
         return batch
+
+
+def pad_token_id(model: PreTrainedModel, processing_class: Any) -> int:
+    """Any valid id would do, because padding is masked; the models' own makes batches readable."""
+    for source in (processing_class, model.config):
+        pad_token_id = getattr(source, "pad_token_id", None)
+        if isinstance(pad_token_id, int) and pad_token_id >= 0:
+            return pad_token_id
+    return 0
 
 
 def restarting_positions(input_ids: Tensor, document_end: int) -> Tensor:

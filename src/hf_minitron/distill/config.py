@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from transformers import SchedulerType, TrainingArguments
 
 from hf_minitron.distill.divergences import Divergence, TokenLoss
+from hf_minitron.distill.layer_pairs import check_pairs
+from hf_minitron.distill.state_losses import LOSS_NAMES, METRICS
 
 
 @dataclass
@@ -57,6 +60,31 @@ class DistillationConfig(TrainingArguments):
         default=None,
         metadata={"help": "Tokens whose logits are in memory at a time; by default it follows the device."},
     )
+    intermediate_losses: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Also compare states inside student and teacher (P1), for students that lost many layers: emb, the "
+            "embeddings; o, outputs of layers; i, inputs of feed-forwards; att, relations of queries, keys and values. "
+            "P1 found emb o best."
+        },
+    )
+    intermediate_metric: str = field(
+        default="cosine", metadata={"help": "How emb, o and i are compared: cosine (P1's best) or mse."}
+    )
+    intermediate_layers: str | None = field(
+        default=None,
+        metadata={
+            "help": "Layers to compare, as student:teacher from 0, such as 13:29 or 5:11,13:29 (default: the student's "
+            "last but two with the one it was cut from, or with the teacher's last but two)."
+        },
+    )
+    intermediate_weight: str = field(
+        default="auto",
+        metadata={
+            "help": "Weight of the intermediate losses' sum: a number, or auto for the logits' loss divided by it, as "
+            "it was in the step before."
+        },
+    )
     logging_nan_inf_filter: bool = field(
         default=False,
         metadata={
@@ -72,6 +100,7 @@ class DistillationConfig(TrainingArguments):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} is not a positive count. Leave it out for the default.")
+        self._check_intermediate()
         if not self.average_tokens_across_devices:
             raise ValueError(
                 "average_tokens_across_devices=False would weigh tokens differently in every process: the loss is a "
@@ -82,3 +111,35 @@ class DistillationConfig(TrainingArguments):
                 f"label_smoothing_factor={self.label_smoothing_factor} has no meaning here: the teacher's "
                 "distribution is the target. Use 0.0."
             )
+
+    def _check_intermediate(self) -> None:
+        names = self.intermediate_losses
+        if names is not None and (not names or len(set(names)) < len(names) or not set(names) <= {*LOSS_NAMES}):
+            raise ValueError(
+                f"intermediate_losses={names}: each is one of {', '.join(LOSS_NAMES)}, at most once. Name at least "
+                "one, or leave it out."
+            )
+        if self.intermediate_metric not in METRICS:
+            raise ValueError(
+                f"intermediate_metric={self.intermediate_metric!r} is unknown. Use {' or '.join(METRICS)}."
+            )
+        if self.intermediate_layers is not None:
+            check_pairs(self.intermediate_layers)
+            if not {*(names or ())} - {"emb"}:
+                raise ValueError(
+                    f"intermediate_layers={self.intermediate_layers} has no effect with intermediate_losses={names}: "
+                    "it says which layers o, i and att compare. Add one of these, or leave it out."
+                )
+        if not _is_weight(self.intermediate_weight):
+            raise ValueError(
+                f"intermediate_weight={self.intermediate_weight} is not a finite number of at least 0. Use "
+                "one, or auto for the ratio of the losses."
+            )
+
+
+def _is_weight(text: str | float) -> bool:
+    try:
+        number = float(text)
+    except ValueError:
+        return text == "auto"
+    return math.isfinite(number) and number >= 0

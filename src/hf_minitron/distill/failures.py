@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -40,6 +41,15 @@ class BatchWatch:
         """Notes whether the last batch's sums are finite, on their device."""
         if len(self._finite) < len(self._batches):
             self._finite.append(sums.isfinite().all())
+
+    def check_sums(self, sums: Mapping[str, float], when: str) -> None:
+        """Raises FloatingPointError unless all are finite; of sums over all processes, so that all of them stop."""
+        if not all(math.isfinite(value) for value in sums.values()):
+            raise FloatingPointError(
+                f"The distillation loss became NaN or infinite {when}: {dict(sums)}. {self.describe()}Lower "
+                "learning_rate, set max_grad_norm, or resume from the last checkpoint, which is from before; with "
+                "fp16, use bf16."
+            )
 
     def forget(self) -> None:
         """After a log that found everything finite."""

@@ -16,6 +16,7 @@ from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, held_out_split, load_text, pack_rows
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.fingerprints import check_same_tokens
+from hf_minitron.distill.intermediate import check_has_states
 from hf_minitron.distill.teacher import check_quantization, load_model
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.hardware import fast_dtype, parse_dtype
@@ -110,6 +111,7 @@ def load_inputs(
 ) -> DistillInputs:
     """Reads the text and finds the teacher, after checking that they fit the student."""
     teacher, how = open_teacher(arguments, config.device)
+    check_has_states(isinstance(teacher, CachedTeacher), config)
     student = student or open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
     check_vocabularies(student, teacher, config)
     tokenizer = AutoTokenizer.from_pretrained(student.folder)

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from hf_minitron.adapters import LoraArguments, add_adapters
+from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.distill.collator import CausalLMCollator
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import (
@@ -21,6 +22,9 @@ from hf_minitron.distill.inputs import (
     load_inputs,
     open_checkpoint,
 )
+from hf_minitron.distill.layer_pairs import StudentOrigin, read_origin
+from hf_minitron.distill.state_losses import LOSS_NAMES
+from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.lineage import Stage
 from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_settings, save_trained, told_settings
@@ -81,6 +85,7 @@ def distill_checkpoint(
         train_dataset=train.dataset,
         eval_dataset=held_out.dataset if held_out else None,
         processing_class=tokenizer,
+        student_origin=_origin(student, inputs.teacher) if config.intermediate_losses else None,
         data_collator=_isolating_collator(tokenizer, config, student_model) if arguments.isolate_documents else None,
     )
     before = _metrics(trainer.evaluate()) if held_out and resume is None else {}
@@ -118,7 +123,15 @@ def _isolating_collator(
     return CausalLMCollator(tokenizer.eos_token_id, document_end=tokenizer.eos_token_id)
 
 
+def _origin(student: Checkpoint, teacher: Checkpoint | CachedTeacher) -> StudentOrigin | None:
+    """Where the student's lineage says it was cut from; a cache has no layers to say it of."""
+    if isinstance(teacher, CachedTeacher):
+        return None
+    return read_origin(student.folder, student.config, teacher.config)
+
+
 def _metrics(metrics: dict[str, float]) -> dict[str, float]:
     """Evaluation's numbers without their prefix and without timings."""
     names = ("kl", "lm_loss", "teacher_lm_loss", "perplexity", "teacher_perplexity", "top1_agreement", "num_tokens")
+    names += tuple(f"intermediate_{name}" for name in LOSS_NAMES)
     return {name: metrics[f"eval_{name}"] for name in names if f"eval_{name}" in metrics}

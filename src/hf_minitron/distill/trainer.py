@@ -7,32 +7,30 @@ leaves only its last hidden state.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import ExportableState
+from transformers import PreTrainedModel, Trainer, TrainerCallback
 
-from hf_minitron.architectures import get_logit_transform
-from hf_minitron.distill.collator import CausalLMCollator
+from hf_minitron.distill.collator import CausalLMCollator, pad_token_id
 from hf_minitron.distill.compatibility import backbone, check_models
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.failures import BatchWatch, advised_on_memory
-from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
+from hf_minitron.distill.head_loss import compare_heads
+from hf_minitron.distill.intermediate import IntermediateStates, NoIntermediateStates
+from hf_minitron.distill.kd_head import KDOutput
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
-from hf_minitron.distill.sharding import prepared_evaluation, redirected_forward, whole
-from hf_minitron.distill.teacher import HeadTargets, LiveTeacher, Teacher, TopKTargets, last_hidden
+from hf_minitron.distill.layer_pairs import StudentOrigin
+from hf_minitron.distill.measures import Measures, TokensSeen, perplexity
+from hf_minitron.distill.sharding import prepared_evaluation, redirected_forward
+from hf_minitron.distill.teacher import LiveTeacher, Teacher, last_hidden
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.throughput import Throughput
-from hf_minitron.distill.top_k_head import fused_linear_topk_kd
-
-# Sums over tokens that training and evaluation report, in this order.
-SUM_NAMES = ("loss", "kl", "lm_loss", "teacher_lm_loss", "top1_agreement", "num_tokens")
 
 
 class DistillationTrainer(Trainer):
@@ -50,6 +48,10 @@ class DistillationTrainer(Trainer):
     perplexities over the whole set. All in nats, but for the loss where it compares logits. With a top-k cache `kl` is
     that over the kept tokens and the rest, and the teacher's own loss is not known.
 
+    `args.intermediate_losses` adds P1's losses between states inside both models (`intermediate.py`), logged by name,
+    with their weight; evaluation keeps them out of its loss. `student_origin` (`layer_pairs.read_origin`) says which
+    layers and channels of the teacher the student was cut from, for the default of what is compared.
+
     Raises ValueError when the two models cannot be compared, and FloatingPointError when the loss stops being finite.
     """
 
@@ -65,6 +67,7 @@ class DistillationTrainer(Trainer):
         callbacks: list[TrainerCallback] | None = None,
         optimizers: tuple[torch.optim.Optimizer | None, torch.optim.lr_scheduler.LRScheduler | None] = (None, None),
         optimizer_cls_and_kwargs: tuple[type[torch.optim.Optimizer], dict[str, Any]] | None = None,
+        student_origin: StudentOrigin | None = None,
     ) -> None:
         if not isinstance(args, DistillationConfig):
             raise TypeError(f"args is a {type(args).__name__}, without the loss's settings: use DistillationConfig.")
@@ -78,14 +81,17 @@ class DistillationTrainer(Trainer):
                 f"{args.n_gpu} GPUs are visible to one process, which would copy the student to each of them in every "
                 "step. Start one process per GPU with `accelerate launch`, or set CUDA_VISIBLE_DEVICES to one."
             )
+        self._states = NoIntermediateStates()
+        if args.intermediate_losses:
+            self._states = IntermediateStates(model, teacher_model, args, student_origin)
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or CausalLMCollator(_pad_token_id(model, processing_class), row_keys=cached),
+            data_collator=data_collator or CausalLMCollator(pad_token_id(model, processing_class), row_keys=cached),
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
-            callbacks=[_TokensSeen(), *(callbacks or [])],
+            callbacks=[TokensSeen(), *(callbacks or [])],
             optimizers=optimizers,
             optimizer_cls_and_kwargs=optimizer_cls_and_kwargs,
         )
@@ -108,8 +114,9 @@ class DistillationTrainer(Trainer):
         if cached:
             teacher_model.check_rows(train_dataset, "train_dataset")
             teacher_model.check_rows(eval_dataset, "eval_dataset")
-        self._train_sums = self._new_sums()
-        self._eval_sums = self._new_sums()
+        self._measures = Measures(args.device, self.teacher.knows_labels, self._states.names)
+        self._train_sums, self._eval_sums = self._measures.zeros(), self._measures.zeros()
+        self._states.join(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """The Trainer's, also right after an `evaluate`.
@@ -123,7 +130,8 @@ class DistillationTrainer(Trainer):
         if self.model_wrapped is self.model and not self.is_fsdp_enabled:
             self.model._is_accelerate_prepared = False
         self._throughput.restart()
-        return super().train(*args, **kwargs)
+        with self._states.training():
+            return super().train(*args, **kwargs)
 
     def _build_accelerator_args(self, **kwargs: Any) -> dict[str, Any]:
         """accelerate must not compile the whole model: its redirected forward is new in every step."""
@@ -147,13 +155,13 @@ class DistillationTrainer(Trainer):
         call, the loss is the mean over this batch's own targets. With `return_outputs`, also a dict of `token_kl`,
         `token_ce`, `teacher_token_ce` and `top1_agreement`, each [rows, length], about the token that follows.
         """
-        kd = self._distill(model, inputs)
+        kd, states = self._distill(model, inputs)
         if num_items_in_batch is None:
             loss = kd.loss / max(kd.num_tokens, 1)
         else:
             loss = kd.loss * (self.accelerator.num_processes / torch.as_tensor(num_items_in_batch).clamp(min=1))
         if model.training:
-            sums = self._row_sums(kd, rows=1).sum(0)
+            sums = self._measures.row_sums(kd, 1, states).sum(0)
             self._batches.check(sums)
             self._train_sums += sums
         if not return_outputs:
@@ -178,8 +186,8 @@ class DistillationTrainer(Trainer):
         """Adds the batch's sums to the evaluation; its logits are never whole, so only its mean loss is returned."""
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
-            kd = self._distill(model, inputs)
-        row_sums = self._row_sums(kd, rows=inputs["input_ids"].shape[0])
+            kd, states = self._distill(model, inputs)
+        row_sums = self._measures.row_sums(kd, inputs["input_ids"].shape[0], states)
         # Processes get equally many rows by repeating some in the last batch; gather_for_metrics drops those again.
         self._eval_sums += self.accelerator.gather_for_metrics(row_sums).sum(0)
         return kd.loss / max(kd.num_tokens, 1), None, None
@@ -193,15 +201,15 @@ class DistillationTrainer(Trainer):
         metric_key_prefix: str = "eval",
     ) -> Any:
         """The Trainer's loop, its mean of batch means replaced by means over all targets."""
-        self._eval_sums = self._new_sums()
+        self._eval_sums = self._measures.zeros()
         start = time.perf_counter()
         with prepared_evaluation(self):
             output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
-        means = self._means(self._eval_sums.tolist())
+        means = self._measures.means(self._eval_sums.tolist())
         self._throughput.leave_out(time.perf_counter() - start)
-        means["perplexity"] = _perplexity(means["lm_loss"])
+        means["perplexity"] = perplexity(means["lm_loss"])
         if "teacher_lm_loss" in means:
-            means["teacher_perplexity"] = _perplexity(means["teacher_lm_loss"])
+            means["teacher_perplexity"] = perplexity(means["teacher_lm_loss"])
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in means.items()})
         return output
 
@@ -215,132 +223,72 @@ class DistillationTrainer(Trainer):
             seen.at_last_log += int(sums[-1])
             seen.since_last_log = 0
             if "loss" in logs:
-                means = self._means(sums)
+                means = self._measures.means(sums)
                 del means["num_tokens"], means["loss"]  # the Trainer has a loss of its own
-                logs.update(means, num_tokens_seen=seen.at_last_log, **self._throughput.measures(int(sums[-1])))
+                logs.update(
+                    means,
+                    **self._states.logs(),
+                    num_tokens_seen=seen.at_last_log,
+                    **self._throughput.measures(int(sums[-1])),
+                )
         super().log(logs, start_time)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         self._tokens_seen().since_last_log = int(self._reduced_train_sums()[-1])
         super()._save_checkpoint(model, trial)
 
-    def _distill(self, model: nn.Module, inputs: dict[str, Tensor]) -> KDOutput:
-        """The teacher's and then the student's pass over a batch. Tokens of the output: rows * length, flat."""
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        with self._states.detached():
+            super()._save(output_dir, self._states.student_alone(state_dict))
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.args.should_save:
+            self._states.save(output_dir)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None:
+            self._states.load(checkpoint)
+        super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        with nullcontext() if self.is_fsdp_enabled else self._states.detached():  # FSDP's own files have all parts
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _distill(self, model: nn.Module, inputs: dict[str, Tensor]) -> tuple[KDOutput, dict[str, Tensor]]:
+        """The teacher's and then the student's pass over a batch, flat: rows * length tokens. Also states' losses."""
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
             raise ValueError(f"The batch has {sorted(inputs)} but no labels. Use a collator such as CausalLMCollator.")
         following = nn.functional.pad(labels[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
         row_keys = inputs.pop("row_keys", None)
-        with torch.no_grad(), self.accelerator.autocast():
+        with torch.no_grad(), self.accelerator.autocast(), self._states.watch("teacher"):
             targets = self.teacher.targets(inputs, row_keys)
         student = self.accelerator.unwrap_model(model, keep_torch_compile=False)
-        results: list[KDOutput] = []
+        results: list[tuple[KDOutput, dict[str, Tensor]]] = []
 
         def forward(**student_inputs: Tensor) -> Tensor:
             with self.accelerator.autocast():
-                hidden = last_hidden(student, student_inputs)
-                kd = self._compare(hidden, student, targets, following)
-            results.append(kd)
+                with self._states.watch("student"):
+                    hidden = last_hidden(student, student_inputs)
+                kd = compare_heads(hidden, student, targets, following, self.args)
+                results.append((kd, self._states.add_to(kd, following, student_inputs)))
             return kd.loss
 
         with self.teacher.gathered(targets) as targets, redirected_forward(student, forward):
             loss = model(**inputs)
-        kd = results.pop()
+        kd, states = results.pop()
         kd.loss = loss
-        return kd
-
-    def _compare(
-        self, hidden: Tensor, student: PreTrainedModel, targets: HeadTargets | TopKTargets, following: Tensor
-    ) -> KDOutput:
-        """The loss of the student's hidden states [tokens, hidden] and head against the teacher's targets."""
-        head, args = student.get_output_embeddings(), self.args
-        options = {
-            "token_weight": (following != IGNORE_INDEX).float(),
-            "labels": following,
-            "temperature": args.temperature,
-            "ce_weight": args.ce_weight,
-            "student_bias": getattr(head, "bias", None),
-            "student_transform": get_logit_transform(student.config),
-            "chunk_size": args.kd_chunk_size or "auto",
-        }
-        if isinstance(targets, TopKTargets):
-            *kept, vocab_size = targets
-            return fused_linear_topk_kd(hidden, whole(head.weight), *kept, vocab_limit=vocab_size, **options)
-        return fused_linear_kd(
-            hidden,
-            whole(head.weight),
-            targets.hidden,
-            targets.weight,
-            teacher_bias=targets.bias,
-            teacher_transform=targets.transform,
-            divergence=args.divergence,
-            js_beta=args.js_beta,
-            vocab_limit=args.vocab_limit,
-            **options,
-        )
-
-    def _new_sums(self) -> Tensor:
-        dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        return torch.zeros(len(SUM_NAMES), dtype=dtype, device=self.args.device)
-
-    def _row_sums(self, kd: KDOutput, rows: int) -> Tensor:
-        """Sums over each row's targets, [rows, len(SUM_NAMES)], left on the device."""
-        counted = kd.token_mask
-        unknown = torch.zeros_like(kd.token_kl)
-        teacher_ce = unknown if kd.teacher_token_ce is None else kd.teacher_token_ce
-        columns = (kd.token_loss, kd.token_kl, kd.token_ce, teacher_ce, kd.top1_agreement, counted)
-        return torch.stack([c.detach().to(self._train_sums.dtype).view(rows, -1).sum(1) for c in columns], dim=1)
+        return kd, states
 
     def _reduced_train_sums(self) -> list[float]:
         """Sums since the last log over all processes. Raises FloatingPointError, in all of them, if not finite."""
         sums = self.accelerator.reduce(self._train_sums.clone(), "sum").tolist()
-        if not all(math.isfinite(value) for value in sums):
-            last = max((entry["step"] for entry in self.state.log_history if "loss" in entry), default=0)
-            raise FloatingPointError(
-                f"The distillation loss became NaN or infinite between steps {last} and {self.state.global_step}: "
-                f"{dict(zip(SUM_NAMES, sums, strict=True))}. {self._batches.describe()}Lower learning_rate, set "
-                "max_grad_norm, or resume from the last checkpoint, which is from before; with fp16, use bf16."
-            )
+        last = max((entry["step"] for entry in self.state.log_history if "loss" in entry), default=0)
+        named = dict(zip(self._measures.names, sums, strict=True))
+        self._batches.check_sums(named, f"between steps {last} and {self.state.global_step}")
         return sums
 
-    def _means(self, sums: Sequence[float]) -> dict[str, float]:
-        """Means over tokens of the SUM_NAMES that are known, and their number; NaN when there are none."""
-        values = dict(zip(SUM_NAMES, sums, strict=True))
-        count = int(values.pop("num_tokens"))
-        if not self.teacher.knows_labels:
-            del values["teacher_lm_loss"]
-        means = {name: value / count if count else math.nan for name, value in values.items()}
-        return {**means, "num_tokens": count}
-
-    def _tokens_seen(self) -> _TokensSeen:
-        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, _TokensSeen))
-
-
-class _TokensSeen(TrainerCallback, ExportableState):
-    """Carries the count of trained targets through checkpoints, in trainer_state.json."""
-
-    def __init__(self) -> None:
-        self.at_last_log = 0
-        self.since_last_log = 0
-
-    def state(self) -> dict[str, Any]:
-        return {"args": {}, "attributes": {"at_last_log": self.at_last_log + self.since_last_log}}
-
-    def on_train_begin(self, args: TrainingArguments, state: Any, control: Any, **kwargs: Any) -> None:
-        stored = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
-        self.at_last_log = stored["attributes"]["at_last_log"] if stored else 0
-        self.since_last_log = 0
-
-
-def _perplexity(loss: float) -> float:
-    return math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows a double
-
-
-def _pad_token_id(model: PreTrainedModel, processing_class: Any) -> int:
-    """Any valid id would do, because padding is masked; the models' own makes batches readable."""
-    for source in (processing_class, model.config):
-        pad_token_id = getattr(source, "pad_token_id", None)
-        if isinstance(pad_token_id, int) and pad_token_id >= 0:
-            return pad_token_id
-    return 0
+    def _tokens_seen(self) -> TokensSeen:
+        return next(callback for callback in self.callback_handler.callbacks if isinstance(callback, TokensSeen))
