@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,12 +76,14 @@ def save_trained(
     stage: Stage,
     log_file: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    measure: Callable[[Path], dict[str, Any]] | None = None,
 ) -> None:
     """Writes the trained model over its checkpoints' folder: weights in the source's dtype, the lineage last.
 
     A folder with ``minitron.json`` is therefore complete. Tokenizer and generation config are the source's, unless a
-    ``tokenizer`` that was changed is given: then that one and the model's own. Every process must call this: sharded
-    weights are gathered.
+    ``tokenizer`` that was changed is given: then that one and the model's own. ``measure`` is given the folder with the
+    weights and returns what else the stage's metrics are to say. Every process must call this: sharded weights are
+    gathered.
     """
     gathered, whole = output_dir / ".gathered.tmp", output_dir / ".student.tmp"
     save_whole(trainer, str(gathered))
@@ -94,6 +96,8 @@ def save_trained(
         if tokenizer is not None:
             tokenizer.save_pretrained(whole)
             trainer.model.generation_config.save_pretrained(whole)
+        if measure is not None:
+            stage.metrics = (stage.metrics or {}) | measure(whole)
         (whole / log_file).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
         stage.files = {log_file: "training log"}
         for path in [*whole.iterdir()]:

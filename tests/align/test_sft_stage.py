@@ -168,8 +168,6 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, arguments, ta
 
 
 def test_a_template_that_marks_nothing_is_refused(tmp_path, arguments, base, tiny_tokenizer):
-    import shutil
-
     folder = shutil.copytree(base, tmp_path / "marked")
     (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     with pytest.raises(ValueError, match=r"no \{% generation %\} marks"):

@@ -5,7 +5,6 @@ RPO needs to know by how much a chosen response is better (Nemotron-4 340B, arXi
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ from datasets import Dataset
 from tqdm.auto import tqdm
 from trl import extract_prompt
 
+from hf_minitron.align.keyed_lines import KeyedLines
 from hf_minitron.align.pairs import REWARD_COLUMNS
 from hf_minitron.align.scorers import ConstantRewards, Exchange, Scorer, name_of
 
@@ -66,7 +66,7 @@ def score_exchanges(
     name = name_of(scorer)
     if cache_dir is not None and "<lambda>" in name:
         raise ValueError("The scorer has no name, by which its rewards could be found again: define it as a function.")
-    cache = RewardCache(None if cache_dir is None else Path(cache_dir) / CACHE_FILE)
+    cache = KeyedLines(None if cache_dir is None else Path(cache_dir) / CACHE_FILE)
     keys = [exchange.key(name) for exchange in exchanges]
     wanted = {key: exchange for key, exchange in zip(keys, exchanges, strict=True) if key not in cache.known}
     with tqdm(total=len(wanted), desc="rewards", unit=" responses", disable=None) as bar:
@@ -75,35 +75,6 @@ def score_exchanges(
             cache.add(_checked(batch, rewards, name))
             bar.update(len(batch))
     return [cache.known[key] for key in keys]
-
-
-class RewardCache:
-    """Rewards by the key of their exchange, one JSON line each; a line that a kill cut off is scored again."""
-
-    def __init__(self, path: Path | None) -> None:
-        self.path = path
-        self.known: dict[str, float] = {}
-        if path is None:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_file():
-            whole, _, cut_off = path.read_text(encoding="utf-8").rpartition("\n")
-            try:
-                self.known = {line["key"]: line["reward"] for line in map(json.loads, whole.splitlines())}
-            except (ValueError, KeyError, TypeError) as error:
-                raise ValueError(
-                    f"{path} is damaged ({error}): remove it, and its rewards are asked for anew."
-                ) from None
-            if cut_off:
-                path.write_text(whole + "\n" if whole else "", encoding="utf-8")
-
-    def add(self, rewards: dict[str, float]) -> None:
-        """Remembers a batch, on disk too where there is a file."""
-        self.known |= rewards
-        if self.path is not None:
-            lines = [json.dumps({"key": key, "reward": reward}) + "\n" for key, reward in rewards.items()]
-            with self.path.open("a", encoding="utf-8") as file:
-                file.writelines(lines)
 
 
 def _checked(batch: Sequence[tuple[str, Exchange]], rewards: Sequence[float], name: str) -> dict[str, float]:

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 from transformers import SchedulerType
 from trl import DPOConfig, DPOTrainer
 
+from hf_minitron.align.arguments import bf16_unless_cpu
 from hf_minitron.align.pairs import REWARD_COLUMNS, check_pairs, name_rewards
 from hf_minitron.align.preference import DISTANCES, Distance, rpo_loss
+from hf_minitron.align.token_count import TokenCount
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,9 @@ class RPOConfig(DPOConfig):
         default="constant_with_warmup", metadata={"help": "Schedule of the learning rate."}
     )
     warmup_steps: float = field(default=10, metadata={"help": "Steps of linear warm-up, or their share below 1."})
+    max_length: int | None = field(
+        default=None, metadata={"help": "Tokens of a prompt and a response (default: what the model takes)."}
+    )
     beta: float = field(default=0.05, metadata={"help": "Scale of the log-ratio margin that is held to the rewards."})
     distance: Distance = field(
         default="backward_kl",
@@ -69,6 +74,7 @@ class RPOConfig(DPOConfig):
     )
 
     def __post_init__(self) -> None:
+        bf16_unless_cpu(self)
         super().__post_init__()
         if self.distance not in DISTANCES:
             raise ValueError(f"distance={self.distance!r} is unknown: use one of {', '.join(DISTANCES)}.")
@@ -105,6 +111,7 @@ class RPOTrainer(DPOTrainer):
         super().__init__(*args, **kwargs)
         self.loss_types, self.loss_weights = [], []  # of TRL's own loss only an MoE's auxiliary part is left
         self.data_collator = RewardCollator(self.data_collator)
+        self.add_callback(TokenCount(self))
 
     def compute_loss(
         self,

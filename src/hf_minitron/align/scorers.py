@@ -99,7 +99,7 @@ class RewardModel:
     @cached_property
     def name(self) -> str:
         """The checkpoint with its commit or the hash of its weights: other weights under one name score anew."""
-        return json.dumps(self._checkpoint.source)
+        return json.dumps(self.checkpoint.source)
 
     @cached_property
     def max_length(self) -> int:
@@ -108,12 +108,13 @@ class RewardModel:
         return min(limit, self._max_length or limit)
 
     @cached_property
-    def _checkpoint(self) -> Checkpoint:
+    def checkpoint(self) -> Checkpoint:
+        """The model's files."""
         return Checkpoint.open(self._source[0], revision=self._source[1])
 
     @cached_property
     def _tokenizer(self) -> PreTrainedTokenizerBase:
-        tokenizer = AutoTokenizer.from_pretrained(self._checkpoint.folder)
+        tokenizer = AutoTokenizer.from_pretrained(self.checkpoint.folder)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         if tokenizer.pad_token is None:
             raise ValueError(f"The tokenizer of {self._source[0]} has no pad and no eos token: give it one to pad by.")
@@ -123,7 +124,7 @@ class RewardModel:
     def _model(self) -> PreTrainedModel:
         device = torch.device(self._device or PartialState().device)
         model, found = AutoModelForSequenceClassification.from_pretrained(
-            self._checkpoint.folder,
+            self.checkpoint.folder,
             dtype=self._dtype or fast_dtype(device),
             use_safetensors=True,
             output_loading_info=True,
