@@ -14,6 +14,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
+    "alignment": "--train-rows 20 --held-out-rows 4 --sft-steps 1 --rpo-steps 1 --rows-per-step 2",
     "refit": "--steps 2 --eval-every 1 --rows-per-step 1 --calibration-rows 9 --eval-rows 1 --removed 66",
     "scoring": "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4 "
     "--num-key-value-heads 2 --vocab-size 61 --rows 5 --tokens 16 --batch-size 2 --repeats 2",
@@ -50,6 +51,15 @@ def test_refit():
         assert record["removed"] == pytest.approx(0.66, abs=0.02)
         curves = record["curves"].values()
         assert all(len(curve) == 3 and curve[0] == [0, pytest.approx(record["pruned"], rel=1e-4)] for curve in curves)
+
+
+@pytest.mark.skipif(not (BENCHMARKS.parents[1] / "shared" / "data").is_dir(), reason="../shared is not there")
+def test_alignment():
+    facts = json.loads(run("alignment", "--json"))
+    assert [row["stage"] for row in facts["rows"]] == [
+        *("SFT, math-code", "SFT, instructions", "RPO, round 1", "RPO, round 2")]  # fmt: skip
+    assert all(row["after"] < row["before"] for row in facts["rows"][:2])
+    assert all(row["kl"] > 0 for row in facts["rows"][2:])
 
 
 def test_scoring():

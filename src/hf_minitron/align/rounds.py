@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.state import AcceleratorState, GradientState
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import extract_prompt, is_conversational
@@ -135,6 +136,9 @@ class _Round:
         resume = self.config.resume_from_checkpoint
         resume = last_whole_checkpoint(self.folder) if resume is None or wants_last(resume) else resume
         logger.info("Round %d of %d.", self.number, self.arguments.rounds)
+        # accelerate takes the settings of an engine once, and every round has a Trainer of its own.
+        AcceleratorState._reset_state()
+        GradientState._reset_state()
         trainer = self._make_trainer(source, config, rows, held_out)
         report = train_and_measure(trainer, self.folder, resume)
         stage.inputs = {"source": source.source, "reference": source.source}
