@@ -57,7 +57,9 @@ def test_refit():
 def test_alignment():
     facts = json.loads(run("alignment", "--json"))
     assert [row["stage"] for row in facts["rows"]] == [
-        *("SFT, math-code", "SFT, instructions", "RPO, round 1", "RPO, round 2")]  # fmt: skip
+        *("SFT, math-code", "SFT, instructions", "RPO on shuffled, round 1", "RPO on shuffled, round 2"),
+        *("RPO on preferences, round 1", "RPO on preferences, round 2"),
+    ]  # fmt: skip
     assert all(row["after"] < row["before"] for row in facts["rows"][:2])
     assert all(row["kl"] > 0 for row in facts["rows"][2:])
 
