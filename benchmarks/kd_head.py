@@ -51,7 +51,7 @@ def parse_options() -> argparse.Namespace:
     parser.add_argument("--check-tokens", type=int, default=64, help="of the slice whose gradient fp64 checks")
     parser.add_argument("--check-vocab", type=int, default=8192, help="of the same slice")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--peak-of", choices=METHODS, help=argparse.SUPPRESS)
+    parser.add_argument("--peak-of", choices=METHODS, help="print only the peak memory of this method, in bytes")
     return parser.parse_args()
 
 

@@ -18,6 +18,8 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
     from hf_minitron.distill.trainer import DistillationTrainer as DistillationTrainer
     from hf_minitron.evaluate.perplexity import PerplexityResult as PerplexityResult
     from hf_minitron.evaluate.perplexity import evaluate_perplexity as evaluate_perplexity
+    from hf_minitron.mixes import MixSource as MixSource
+    from hf_minitron.mixes import open_mix as open_mix
     from hf_minitron.prune.importance import ImportanceScores as ImportanceScores
     from hf_minitron.prune.plan import PrunePlan as PrunePlan
     from hf_minitron.prune.pruner import PrunerForCausalLM as PrunerForCausalLM
@@ -29,6 +31,7 @@ _MODULES = {
     "DistillationTrainer": "distill.trainer",
     "ImportanceScores": "prune.importance",
     "KDOutput": "distill.kd_head",
+    "MixSource": "mixes",
     "PerplexityResult": "evaluate.perplexity",
     "PruneConfig": "prune.target",
     "PrunePlan": "prune.plan",
@@ -40,6 +43,7 @@ _MODULES = {
     "evaluate_perplexity": "evaluate.perplexity",
     "fused_linear_kd": "distill.kd_head",
     "label_rewards": "align.rewards",
+    "open_mix": "mixes",
 }
 __all__ = sorted(_MODULES)
 

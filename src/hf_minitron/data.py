@@ -143,7 +143,7 @@ def pack_rows(
             if not block:
                 break
             num_documents += len(block)
-            rows, rest = _pack_block([rest, *_tokenize(block, tokenizer)], sequence_length)
+            rows, rest = _pack_block([rest, *tokenize_documents(block, tokenizer)], sequence_length)
             if len(rows):
                 blocks.append(rows)
                 num_rows += len(rows)
@@ -161,6 +161,15 @@ def pack_rows(
     return rows.select(
         range(max_rows) if seed is None else np.random.default_rng(seed).permutation(num_rows)[:max_rows]
     )
+
+
+def tokenize_documents(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
+    """Ids of whole documents, without special tokens but for eos at the end, and bos where the tokenizer adds it."""
+    ids = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
+    first = tokenizer("a", verbose=False)["input_ids"][:1]
+    start = first if first == [tokenizer.bos_token_id] else []
+    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
+    return [[*start, *document, *end] for document in ids]
 
 
 def check_row_length(config: PreTrainedConfig, length: int | None, option: str) -> int:
@@ -199,18 +208,20 @@ def describe_source(
     text_column: str | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
+    max_hashed_bytes: int | None = None,
 ) -> dict[str, Any]:
     """What was read, for the lineage: no absolute paths, no tokens; what is unknown is left out.
 
     A Hub id comes with the commit it stands for now, if the Hub can be asked. Files come with their names, relative to
     their common folder, and a sha256: of one file that of its content, of several that of the listing which
-    ``sha256sum`` prints for them. A data set that was passed in has its own fingerprint.
+    ``sha256sum`` prints for them; none if they are bigger than ``max_hashed_bytes`` together. A data set that was
+    passed in has its own fingerprint.
     """
     if _is_dataset(source):
         facts = {"kind": "dataset", "fingerprint": getattr(source, "_fingerprint", None)}
         facts["num_rows"] = len(source) if isinstance(source, Dataset) else None
     elif files := find_text_files(source):
-        facts = describe_text_files(files, split)
+        facts = describe_text_files(files, split, max_hashed_bytes)
     else:
         commit = _resolve_commit(str(source), revision, token)
         facts = {"kind": "hub", "id": str(source), "config": config_name, "revision": revision, "commit": commit}
@@ -304,14 +315,6 @@ def _take_characters(documents: Iterator[str], num_characters: int) -> list[str]
         if num_characters <= 0:
             break
     return block
-
-
-def _tokenize(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    ids = tokenizer(documents, add_special_tokens=False, return_attention_mask=False, verbose=False)["input_ids"]
-    first = tokenizer("a", verbose=False)["input_ids"][:1]
-    start = first if first == [tokenizer.bos_token_id] else []
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    return [[*start, *document, *end] for document in ids]
 
 
 def _pack_block(documents: list[list[int]], sequence_length: int) -> tuple[Dataset, list[int]]:

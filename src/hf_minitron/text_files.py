@@ -91,25 +91,33 @@ def load_text_files(files: TextFiles, split: str, streaming: bool) -> Dataset | 
         raise ValueError(f"{files.source} cannot be read as {files.builder}: {error.__cause__ or error}") from error
 
 
-def describe_text_files(files: TextFiles, split: str) -> dict[str, Any]:
+def describe_text_files(files: TextFiles, split: str, max_hashed_bytes: int | None = None) -> dict[str, Any]:
     """Names relative to the common folder, count, bytes and sha256 of the files of ``split``.
 
-    The sha256 of one file is that of its content, of several that of the listing which ``sha256sum`` prints for them.
+    The sha256 of one file is that of its content, of several that of the listing which ``sha256sum`` prints for them;
+    it is left out for more than ``max_hashed_bytes``, whose reading would take long.
     """
     paths = [path.absolute() for path in files.of_split(split)]
     common = os.path.commonpath([path.parent for path in paths])
+    named = sorted((path.relative_to(common).as_posix(), path) for path in paths)
+    facts = {
+        "kind": "files",
+        "files": [name for name, _ in named[:NUM_NAMED_FILES]],
+        "num_files": len(named),
+        "num_bytes": sum(path.stat().st_size for path in paths),
+    }
+    if max_hashed_bytes is None or facts["num_bytes"] <= max_hashed_bytes:
+        facts["sha256"] = _hash_files(named)
+    return facts
+
+
+def _hash_files(named: list[tuple[str, Path]]) -> str:
     hashes = {}
-    for name, path in sorted((path.relative_to(common).as_posix(), path) for path in paths):
+    for name, path in named:
         with path.open("rb") as file:
             hashes[name] = hashlib.file_digest(file, "sha256").hexdigest()
     listing = "".join(f"{digest}  {name}\n" for name, digest in hashes.items())
-    return {
-        "kind": "files",
-        "files": list(hashes)[:NUM_NAMED_FILES],
-        "num_files": len(hashes),
-        "num_bytes": sum(path.stat().st_size for path in paths),
-        "sha256": hashlib.sha256(listing.encode()).hexdigest() if len(hashes) > 1 else next(iter(hashes.values())),
-    }
+    return hashlib.sha256(listing.encode()).hexdigest() if len(hashes) > 1 else next(iter(hashes.values()))
 
 
 def _folder_files(folder: Path) -> TextFiles:

@@ -20,6 +20,7 @@ TINY = {
     "--num-key-value-heads 2 --vocab-size 61 --rows 5 --tokens 16 --batch-size 2 --repeats 2",
     "kd_head": "--tokens 1024 --vocab 4096 --hidden-student 32 --hidden-teacher 48 --repeats 2 "
     "--check-tokens 16 --check-vocab 512 --methods hf-minitron trl",
+    "distillation_step": "--size tiny --turns 1 --steps 1 --methods trl modelopt --modelopt-python no-such-python",
     "pruning_methods": "--num-layers-dropped 4 --seeds 1 --rows 2 --questions 2 --eval-tokens 100",
     "teacher_cache": "--teacher-hidden-size 64 --teacher-layers 2 --student-hidden-size 32 --student-layers 1 "
     "--vocab-size 512 --rows 4 --row-length 16 --top-k 16 --fidelity-rows 2 --repeats 2",
@@ -159,6 +160,30 @@ def test_teacher_cache():
     errors = {name: row["loss_error"] for name, row in facts["fidelity"].items()}
     assert errors["live"] == 0 and errors["exact, fp32"] < 1e-5 < errors["top 16, bf16"]
     assert facts["fidelity"]["top 16, bf16"]["loss"] < facts["fidelity"]["live"]["loss"]
+
+
+def test_distillation_step():
+    """Ours and TRL's trainer start from the same weights, rows and loss; ModelOpt's Python is not there."""
+    facts = json.loads(run("distillation_step", "--json"))
+    assert set(facts["methods"]) == {"hf-minitron", "trl"}
+    assert set(facts["missing"]) == {"modelopt"} and "no-such-python" in facts["missing"]["modelopt"]
+    assert all(map(math.isfinite, numbers(facts)))
+    trl = facts["methods"]["trl"]
+    assert trl["loss"] > 1, "teacher and student differ"
+    assert trl["loss_difference"] < 1e-5 and trl["grad_norm_difference"] < 1e-5
+    for method in facts["methods"].values():
+        assert method["peak_bytes"] > method["growth_bytes"] > 0
+        assert method["tokens_per_second"] == pytest.approx(2 * 16 / method["seconds"]["wall"])
+
+
+def test_distillation_step_has_the_shapes_of_the_paper(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import distillation_step
+
+    teacher, student, *_ = distillation_step.SIZES["llama-3.1"]
+    assert distillation_step.count_parameters(teacher)[0] == 8_030_261_248
+    # What a token is multiplied with is all but the input embeddings.
+    assert distillation_step.count_parameters(student) == (4_512_746_496, 4_512_746_496 - 128256 * 3072)
 
 
 @pytest.mark.parametrize("name", TINY)

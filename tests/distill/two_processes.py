@@ -1,7 +1,7 @@
 """Two processes (gloo) per job, forked from one that has imported everything: `two_processes.py FOLDER TEXT...`.
 
-Run by test_trainer_processes.py and test_stage_processes.py, whose jobs are the functions below. Rank 0 writes what a
-job returns to FOLDER/JOB.json; all output goes to FOLDER/JOB.log.
+Run by test_trainer_processes.py, test_stage_processes.py and test_stream_training.py, whose jobs are the functions
+below. Rank 0 writes what a job returns to FOLDER/JOB.json; all output goes to FOLDER/JOB.log.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
 def main(kind: str, folder: Path, words: list[str]) -> None:
     """Runs the jobs of one test file and exits with the number of those that failed."""
     torch.set_num_threads(1)
-    jobs = {"steps": step_jobs, "stages": stage_jobs}[kind](folder, words)
+    jobs = {"steps": step_jobs, "stages": stage_jobs, "streams": stream_jobs}[kind](folder, words)
     failed = [name for name, (expected, function, arguments) in jobs.items()
               if run_job(folder / name, function, arguments) != expected]  # fmt: skip
     for name in failed:
@@ -149,6 +149,17 @@ def stage_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
     jobs["zero3-lora"] = (0, distill, ("zero3", folder / "zero3-lora", lora + resume))
     jobs["fsdp2-lora"] = (0, distill, ("fsdp2", folder / "fsdp2-lora", lora))
     return jobs
+
+
+def stream_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
+    """An uninterrupted run, one that is killed in its fifth step and goes on, and a stream that ends before the run."""
+    finite = [*words, "--dataset-epochs=1", "--max-steps=60", "--save-strategy=no"]
+    return {
+        "whole": (0, distill, ("ddp", folder / "whole", words)),
+        "killed": (signal.SIGKILL, distill, ("ddp", folder / "killed", words, [], 4)),
+        "resumed": (0, distill, ("ddp", folder / "killed", [*words, "--resume-from-checkpoint=true"])),
+        "ended": (0, distill, ("ddp", folder / "ended", finite)),
+    }
 
 
 def distill(

@@ -32,7 +32,7 @@ class CacheTeacherArguments:
     """Which teacher is asked about which rows, and what is kept of its answers."""
 
     teacher_model: str = field(metadata={"help": "Hub id or folder of the teacher."})
-    dataset: str = _as_in_distill("dataset")
+    dataset: str = field(metadata=_OF_DISTILL["dataset"].metadata)
     output_dir: str = field(metadata={"help": "Folder of the cache. An unfinished one with the same settings goes on."})
     kind: Literal["exact", "topk"] = field(
         default="exact",

@@ -17,9 +17,11 @@ from hf_minitron.data import check_row_length, describe_source, fingerprint_rows
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.fingerprints import check_same_tokens
 from hf_minitron.distill.intermediate import check_has_states
+from hf_minitron.distill.stream_inputs import data_seed, open_stream, stream_sources
 from hf_minitron.distill.teacher import check_quantization, load_model
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.hardware import fast_dtype, parse_dtype
+from hf_minitron.row_stream import RowStream, Stopping
 
 
 @dataclass
@@ -27,8 +29,34 @@ class DistillArguments:
     """Which student learns from which teacher, on which text."""
 
     student_model: str = field(metadata={"help": "Hub id or folder of the pruned model to train."})
-    dataset: str = field(
-        metadata={"help": "Training text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet)."}
+    dataset: str | None = field(
+        default=None,
+        metadata={"help": "Training text: Hub data set id, file, folder or glob (txt, jsonl, json, parquet)."},
+    )
+    dataset_mix: str | None = field(
+        default=None,
+        metadata={
+            "help": "YAML or JSON file that lists several sources with weights (docs/data.md); takes the place of "
+            "--dataset and is streamed."
+        },
+    )
+    streaming: bool = field(
+        default=False,
+        metadata={"help": "Read and pack --dataset while training, not before; needs --max-steps."},
+    )
+    shuffle_buffer: int | None = field(
+        default=None,
+        metadata={
+            "help": "Streams: shuffle the documents of each source within blocks of so many, and the files "
+            "(default: 10,000; 0 keeps the order)."
+        },
+    )
+    dataset_epochs: int | None = field(
+        default=None, metadata={"help": "Streams: read each source so many times (default: again without end)."}
+    )
+    stopping: Stopping = field(
+        default="first",
+        metadata={"help": "Streams with --dataset-epochs: end with the first source that ends, or with all of them."},
     )
     teacher_model: str | None = field(
         default=None, metadata={"help": "Hub id or folder of the teacher, usually the model that was pruned."}
@@ -78,9 +106,12 @@ class DistillArguments:
 
 @dataclass(frozen=True)
 class PackedRows:
-    """Packed rows and what the lineage says of them; ``facts["fingerprint"]`` is that of the rows."""
+    """Packed rows and what the lineage says of them; ``facts["fingerprint"]`` is that of the rows.
 
-    dataset: Dataset
+    What was read of a stream is known after training: `DistillationTrainer.describe_stream`.
+    """
+
+    dataset: Dataset | RowStream
     facts: dict[str, Any]
 
 
@@ -110,6 +141,7 @@ def load_inputs(
     arguments: DistillArguments, config: DistillationConfig, student: Checkpoint | None = None
 ) -> DistillInputs:
     """Reads the text and finds the teacher, after checking that they fit the student."""
+    sources = stream_sources(arguments, config)
     teacher, how = open_teacher(arguments, config.device)
     check_has_states(isinstance(teacher, CachedTeacher), config)
     student = student or open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
@@ -124,7 +156,11 @@ def load_inputs(
         check_same_tokens(tokenizer, teacher_tokenizer)
     max_length = check_row_length(student.config, max_length, "max_length")
     with PartialState().main_process_first():
-        train = _train_rows(arguments, config, tokenizer, max_length, drawn.get("train"))
+        if sources is not None:
+            stream = open_stream(sources, arguments, config, tokenizer, max_length)
+            train = PackedRows(stream, stream.describe())
+        else:
+            train = _train_rows(arguments, config, tokenizer, max_length, drawn.get("train"))
         held_out = held_out_rows(arguments, tokenizer, max_length, drawn.get("held_out"))
     return DistillInputs(teacher, *how, arguments.trust_remote_code, train, held_out, max_length)
 
@@ -210,8 +246,7 @@ def _train_rows(
         most = min(most or sys.maxsize, config.max_steps * rows_per_step)
     how = {"config_name": arguments.dataset_config, "split": arguments.dataset_split}
     how["text_column"] = arguments.text_column
-    seed = config.seed if config.data_seed is None else config.data_seed
-    return read_rows(arguments.dataset, how, tokenizer, max_length, most, seed, drawn)
+    return read_rows(arguments.dataset, how, tokenizer, max_length, most, data_seed(config), drawn)
 
 
 def held_out_rows(

@@ -97,7 +97,7 @@ def fused_linear_kd(
 
     A token is skipped, whatever its hidden states hold, when its token_weight is 0 or its label is -100: without a
     target its cross-entropy has no meaning. `vocab_limit` uses only the first rows of both heads and renormalises
-    over them, for vocabularies padded to different sizes. `chunk_size` tokens are projected at a time; "auto" is 512
+    over them, for vocabularies padded to different sizes. `chunk_size` tokens are projected at a time; "auto" is 256
     on CPU, or what a GiB holds, and 1024 on CUDA, or what 5 % of the device's memory hold (of all of it, not of what is
     free, so that the same run always sums in the same order).
 

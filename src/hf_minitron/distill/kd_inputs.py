@@ -87,6 +87,6 @@ def tokens_per_chunk(chunk_size: int | str, vocab_size: int, device: torch.devic
     return max(64, min(most, int(budget // (bytes_per_logit * vocab_size)) // 64 * 64))
 
 
-CPU_CHUNK, CUDA_CHUNK = 512, 1024  # tokens
+CPU_CHUNK, CUDA_CHUNK = 256, 1024  # tokens
 CPU_BUDGET = 2**30  # bytes
 CUDA_SHARE = 0.05  # of the device's whole memory, not of what is free: the same run always sums in the same order

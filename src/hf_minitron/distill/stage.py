@@ -32,6 +32,7 @@ from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_setti
 LOG_FILE = "distill_log.json"
 _ALWAYS_TOLD = ("divergence", "temperature", "ce_weight", *SCHEDULE)
 _TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset"}
+_TOLD_ELSEWHERE |= {"dataset_mix", "streaming", "shuffle_buffer", "dataset_epochs", "stopping"}  # by the stream's facts
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def distill_checkpoint(
     after = _metrics(trainer.evaluate()) if held_out else {}
     report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
     stage.inputs = {"student": student.source, "teacher": inputs.teacher.source}
-    stage.data = {"max_length": inputs.max_length, "train": train.facts}
+    stage.data = {"max_length": inputs.max_length, "train": trainer.describe_stream() or train.facts}
     stage.data |= {"held_out": held_out.facts} if held_out else {}
     stage.tokens = report.num_tokens
     stage.metrics = {"before": before, "after": after} if after else None

@@ -102,7 +102,11 @@ class CachedTeacher:
         shape = inputs["input_ids"].shape
         found = self.find(row_keys.cpu().numpy())
         if (found < 0).any():
-            raise ValueError(f"{self.folder} lacks {int((found < 0).sum())} of {len(found)} rows of a batch.")
+            raise ValueError(
+                f"{self.folder} lacks {int((found < 0).sum())} of {len(found)} rows of a batch. Rows are known by "
+                "their token ids, and those of a stream are only looked up when they come. Use the data, packing and "
+                "seed that the cache was made with, or run the teacher (--teacher-model)."
+            )
         tensors = self._read(found, shape)
         if self.kind == "exact":
             transform = get_logit_transform(self._config)

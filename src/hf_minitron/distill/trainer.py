@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import TorchDynamoPlugin
 from torch import Tensor, nn
-from transformers import PreTrainedModel, Trainer, TrainerCallback
+from transformers import PreTrainedModel, TrainerCallback
 
 from hf_minitron.distill.collator import CausalLMCollator, pad_token_id
 from hf_minitron.distill.compatibility import backbone, check_models
@@ -28,18 +28,20 @@ from hf_minitron.distill.kd_inputs import IGNORE_INDEX
 from hf_minitron.distill.layer_pairs import StudentOrigin
 from hf_minitron.distill.measures import Measures, TokensSeen, perplexity
 from hf_minitron.distill.sharding import prepared_evaluation, redirected_forward
+from hf_minitron.distill.stream_training import StreamTrainer
 from hf_minitron.distill.teacher import LiveTeacher, Teacher, last_hidden
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.throughput import Throughput
 
 
-class DistillationTrainer(Trainer):
+class DistillationTrainer(StreamTrainer):
     """Trains `model`, the student, to give the distribution over the next token that `teacher_model` gives.
 
     Rows are dicts with `input_ids` and optionally `labels`, where -100 marks positions that are no targets. Loss and
     metrics are means over the targets of the whole global batch, whatever the gradient accumulation, the padding and
     the number of processes. `teacher_model` is frozen, put in eval mode and moved to the device; it is never saved. It
-    may also be a `CachedTeacher`: then all rows must be in its cache, which is checked here, and none runs.
+    may also be a `CachedTeacher`: then all rows must be in its cache, which is checked here, and none runs. The rows of
+    a `RowStream` as `train_dataset` are only looked up when they come.
 
     `loss` is what is minimised. Train logs add `kl`, which is KL(teacher || student) whatever the divergence, so that
     runs compare (at the configured temperature, without its square), `lm_loss` (the student's cross-entropy),
