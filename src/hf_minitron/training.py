@@ -81,13 +81,15 @@ def save_trained(
     """Writes the trained model over its checkpoints' folder: weights in the source's dtype, the lineage last.
 
     A folder with ``minitron.json`` is therefore complete. Tokenizer and generation config are the source's, unless a
-    ``tokenizer`` that was changed is given: then that one and the model's own. ``measure`` is given the folder with the
-    weights and returns what else the stage's metrics are to say. Every process must call this: sharded weights are
+    ``tokenizer`` that was changed is given: then that one and the model's own. ``measure`` is given a folder with the
+    whole model, not yet rounded, and returns what else the stage's metrics are to say. Every process must call this: sharded weights are
     gathered.
     """
     gathered, whole = output_dir / ".gathered.tmp", output_dir / ".student.tmp"
     save_whole(trainer, str(gathered))
     if trainer.is_world_process_zero():
+        if measure is not None:
+            stage.metrics = (stage.metrics or {}) | measure(gathered)
         shutil.rmtree(whole, ignore_errors=True)
         whole.mkdir(parents=True)
         trained = Checkpoint.open(gathered)
@@ -96,8 +98,6 @@ def save_trained(
         if tokenizer is not None:
             tokenizer.save_pretrained(whole)
             trainer.model.generation_config.save_pretrained(whole)
-        if measure is not None:
-            stage.metrics = (stage.metrics or {}) | measure(whole)
         (whole / log_file).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
         stage.files = {log_file: "training log"}
         for path in [*whole.iterdir()]:
