@@ -11,9 +11,15 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
     from hf_minitron.align.rpo import RPOTrainer as RPOTrainer
     from hf_minitron.align.sft import SupervisedConfig as SupervisedConfig
     from hf_minitron.align.sft import SupervisedTrainer as SupervisedTrainer
+    from hf_minitron.distill.ce_head import fused_linear_ce as fused_linear_ce
     from hf_minitron.distill.config import DistillationConfig as DistillationConfig
+    from hf_minitron.distill.correction import CorrectTeacherArguments as CorrectTeacherArguments
+    from hf_minitron.distill.correction import correct_teacher as correct_teacher
+    from hf_minitron.distill.correction_trainer import CorrectionTrainer as CorrectionTrainer
+    from hf_minitron.distill.correction_trainer import TeacherCorrectionConfig as TeacherCorrectionConfig
     from hf_minitron.distill.kd_head import KDOutput as KDOutput
     from hf_minitron.distill.kd_head import fused_linear_kd as fused_linear_kd
+    from hf_minitron.distill.parallel_correction import ParallelCorrection as ParallelCorrection
     from hf_minitron.distill.teacher_cache import CachedTeacher as CachedTeacher
     from hf_minitron.distill.trainer import DistillationTrainer as DistillationTrainer
     from hf_minitron.evaluate.perplexity import PerplexityResult as PerplexityResult
@@ -27,8 +33,14 @@ if TYPE_CHECKING:  # for editors; at run time a name is imported when it is firs
 
 _MODULES = {
     "CachedTeacher": "distill.teacher_cache",
+    "CorrectTeacherArguments": "distill.correction",
+    "CorrectionTrainer": "distill.correction_trainer",
     "DistillationConfig": "distill.config",
     "DistillationTrainer": "distill.trainer",
+    "ParallelCorrection": "distill.parallel_correction",
+    "TeacherCorrectionConfig": "distill.correction_trainer",
+    "correct_teacher": "distill.correction",
+    "fused_linear_ce": "distill.ce_head",
     "ImportanceScores": "prune.importance",
     "KDOutput": "distill.kd_head",
     "MixSource": "mixes",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -75,14 +77,29 @@ def adapter_config(model: PreTrainedModel, arguments: LoraArguments) -> LoraConf
 def merged_copy(model: PeftModel, state: Mapping[str, Tensor]) -> PreTrainedModel:
     """A whole, plain model with the adapters merged in, from the gathered `state` of one that may be in parts.
 
-    The tensors of `state` are taken over and changed.
+    The tensors of `state` are taken over and changed. Quantized weights must have been put back: `plain_state`.
     """
     with torch.device("meta"):
         inner = model.get_base_model()
-        copy = get_peft_model(type(inner)(inner.config), model.active_peft_config)
-    copy.load_state_dict(state, assign=True)
-    copy.get_base_model().tie_weights()
-    return copy.merge_and_unload()
+        config = copy.deepcopy(inner.config)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        whole = get_peft_model(type(inner)(config), model.active_peft_config)
+    whole.load_state_dict(state, assign=True)
+    whole.get_base_model().tie_weights()
+    return whole.merge_and_unload()
+
+
+def plain_state(model: nn.Module) -> dict[str, Tensor]:
+    """A whole model's state on the CPU, the weights of quantized layers as they are used: as floating-point numbers."""
+    state = {name: value.to("cpu", copy=True) for name, value in model.state_dict().items()}
+    for layer, module in model.named_modules():
+        weight = module._parameters.get("weight")  # not that of the layer which an adapter stands beside
+        if isinstance(weight, nn.Parameter) and not weight.is_floating_point():
+            for name in [name for name in state if name.startswith(f"{layer}.weight") or name == f"{layer}.SCB"]:
+                del state[name]
+            state[f"{layer}.weight"] = dequantize_module_weight(module).detach().cpu()
+    return state
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from hf_minitron import __version__, reports
 
+WHEN_STOPPED = "add --resume-from-checkpoint true to go on from the last checkpoint-* folder, if there is one"
 USER_ERRORS = (ValueError, OSError, FloatingPointError)  # OSError: files, disk, Hub
 
 
@@ -65,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def overview() -> str:
     """What ``hf-minitron --help`` prints: the stages in their order."""
-    lines = [f"  {name:<13} {command.summary}" for name, command in COMMANDS.items()]
+    lines = [f"  {name:<15} {command.summary}" for name, command in COMMANDS.items()]
     return "\n".join(
         [
             "usage: hf-minitron COMMAND ... [--config FILE.yaml]",
@@ -189,6 +190,26 @@ COMMANDS = {
         "prune.stage.prune_checkpoint",
         reports.report_prune,
     ),
+    "shift": Command(
+        "Compare the distillation data with what the teacher knows, before tokens are spent.",
+        "teacher_model",
+        ("distill.shift.ShiftArguments",),
+        "distill.shift.report_shift",
+        reports.report_shift,
+        plot=reports.plot_shift_report,
+    ),
+    "correct-teacher": Command(
+        "Adapt the teacher to the distillation data first: all weights, adapters or norms.",
+        "teacher_model",
+        (
+            "distill.correction.CorrectTeacherArguments",
+            "distill.correction_trainer.TeacherCorrectionConfig",
+            "adapters.LoraArguments",
+        ),
+        "distill.correction.correct_teacher",
+        reports.report_correction,
+        WHEN_STOPPED,
+    ),
     "cache-teacher": Command(
         "Store what the teacher says about the training rows, so that distill need not run it.",
         "teacher_model",
@@ -200,10 +221,15 @@ COMMANDS = {
     "distill": Command(
         "Train the pruned model on its teacher's logits.",
         "student_model",
-        ("distill.inputs.DistillArguments", "distill.config.DistillationConfig", "adapters.LoraArguments"),
+        (
+            "distill.inputs.DistillArguments",
+            "distill.config.DistillationConfig",
+            "adapters.LoraArguments",
+            "distill.parallel_correction.ParallelCorrection",
+        ),
         "distill.stage.distill_checkpoint",
         reports.report_distill,
-        "add --resume-from-checkpoint true to go on from the last checkpoint-* folder, if there is one",
+        WHEN_STOPPED,
     ),
     "sft": Command(
         "Fine-tune on prompts and answers, the loss on the answers only.",

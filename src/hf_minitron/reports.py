@@ -137,6 +137,71 @@ def report_cache(report: Any, arguments: Any) -> str:
     )
 
 
+def report_shift(report: Any, arguments: Any) -> str:
+    """Distances, losses and the advice."""
+    apart = {"single tokens": report.tokens_apart, "pairs of tokens": report.pairs_apart}
+    rows = [
+        (f"apart by {name} (bits)", _number(found.divergence), _number(found.floor)) for name, found in apart.items()
+    ]
+    distances = markdown_table(("Jensen-Shannon divergence", "new text", "by chance"), rows)
+    losses = markdown_table(
+        ("the teacher's loss on", "nats per token", "standard error"),
+        [
+            ("the new text", _number(report.loss), _number(report.loss_error)),
+            (report.reference, _number(report.reference_loss), _number(report.reference_loss_error)),
+        ],
+    )
+    tokens = ", ".join(f"{text!r} {_share(new)} / {_share(reference)}" for text, new, reference in report.tokens[:6])
+    wrote = [path for path in (arguments.output_file, arguments.plot_file) if path is not None]
+    return "\n\n".join(
+        [
+            distances,
+            losses,
+            f"Most different tokens (new text / reference): {tokens}",
+            report.advice,
+            *([f"Wrote {' and '.join(wrote)}"] if wrote else []),
+        ]
+    )
+
+
+def plot_shift_report(report: Any, arguments: Any) -> None:
+    """Writes the picture, if asked to."""
+    if arguments.plot_file is not None:
+        from hf_minitron.publish.shift_plots import plot_shift
+
+        apart = {"tokens": report.tokens_apart, "pairs": report.pairs_apart}
+        losses = {"new text": (report.loss, report.loss_error)}
+        losses["reference"] = (report.reference_loss, report.reference_loss_error)
+        distances = {name: (found.divergence, found.floor) for name, found in apart.items()}
+        plot_shift(arguments.plot_file, distances, losses, report.tokens)
+
+
+def report_correction(report: Any, arguments: Any, config: Any, lora: Any) -> str:
+    """What the teacher learnt and forgot, and how to go on."""
+    lines = []
+    if report.after:
+        names = {"held_out": "held-out text like that trained on", "general": "general text"}
+        rows = []
+        for name, after in report.after.items():
+            losses = report.before[name]["lm_loss"], after["lm_loss"]
+            change = f"{losses[1] - losses[0]:+.4f} ({100 * (losses[1] / losses[0] - 1):+.1f} %)"
+            rows.append((names[name], *map(_number, losses), change, _number(after["num_tokens"])))
+        lines.append(markdown_table(("loss on", "before", "after", "change", "tokens"), rows) + "\n")
+    lines += [f"Warning: {warning}\n" for warning in report.warnings]
+    folder = report.output_dir
+    lines.append(
+        f"Trained {report.num_trained:,} parameters ({report.method}) on {report.num_tokens:,} tokens; wrote {folder}"
+    )
+    if arguments.adapter_only:
+        lines.append(f"Merge it in Python: peft.AutoPeftModelForCausalLM.from_pretrained({str(folder)!r})"
+                     ".merge_and_unload()")  # fmt: skip
+    else:
+        lines.append(
+            f"Next: hf-minitron prune {folder}, then distill with --teacher-model {folder}; or only the latter"
+        )
+    return "\n".join(lines)
+
+
 def report_distill(report: Any, *options: Any) -> str:
     """Held-out metrics before and after, and how to go on."""
     lines = []

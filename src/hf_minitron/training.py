@@ -19,7 +19,7 @@ from transformers.trainer_pt_utils import AcceleratorConfig
 from hf_minitron.adapters import LoraArguments
 from hf_minitron.checkpoint import Checkpoint, check_output_dir, copy_companions, write_tensors
 from hf_minitron.lineage import Stage, append_stage, publishable, settings_dict
-from hf_minitron.whole_weights import save_whole
+from hf_minitron.whole_weights import save_adapters, save_whole
 
 SCHEDULE = ("learning_rate", "lr_scheduler_type", "warmup_steps", "seed")  # settings that are always told
 _NOTHING_ABOUT_THE_RESULT = {"output_dir", "logging_dir", "run_name", "overwrite", "resume_from_checkpoint"}
@@ -82,30 +82,54 @@ def save_trained(
 
     A folder with ``minitron.json`` is therefore complete. Tokenizer and generation config are the source's, unless a
     ``tokenizer`` that was changed is given: then that one and the model's own. ``measure`` is given a folder with the
-    whole model, not yet rounded, and returns what else the stage's metrics are to say. Every process must call this: sharded weights are
-    gathered.
+    whole model, not yet rounded, and returns what else the stage's metrics are to say. Every process must call this:
+    sharded weights are gathered.
     """
-    gathered, whole = output_dir / ".gathered.tmp", output_dir / ".student.tmp"
+    gathered, beside = output_dir / ".gathered.tmp", output_dir / ".beside.tmp"
     save_whole(trainer, str(gathered))
     if trainer.is_world_process_zero():
         if measure is not None:
             stage.metrics = (stage.metrics or {}) | measure(gathered)
-        shutil.rmtree(whole, ignore_errors=True)
-        whole.mkdir(parents=True)
-        trained = Checkpoint.open(gathered)
-        _write_in_dtype_of(source, trained, whole)
-        copy_companions(source.folder, whole)
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
         if tokenizer is not None:
-            tokenizer.save_pretrained(whole)
-            trainer.model.generation_config.save_pretrained(whole)
-        (whole / log_file).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
-        stage.files = {log_file: "training log"}
-        for path in [*whole.iterdir()]:
-            os.replace(path, output_dir / path.name)
-        append_stage(stage, output_dir, source.folder)
-        shutil.rmtree(whole)
+            tokenizer.save_pretrained(beside)
+            trainer.model.generation_config.save_pretrained(beside)
+        _write_log(trainer, beside, stage, log_file)
+        write_checkpoint(gathered, source, output_dir, stage, beside)
+        shutil.rmtree(beside)
+    trainer.accelerator.wait_for_everyone()
+
+
+def save_trained_adapters(trainer: Trainer, source: Checkpoint, output_dir: Path, stage: Stage, log_file: str) -> None:
+    """The same with adapters alone, as a folder of peft's, which needs the model they were trained on."""
+    gathered, facts = output_dir / ".gathered.tmp", source.source
+    save_adapters(trainer, str(gathered), facts.get("id", str(source.folder)), facts.get("commit"))
+    if trainer.is_world_process_zero():
+        _write_log(trainer, gathered, stage, log_file)
+        copy_companions(source.folder, gathered)
+        _take_over(gathered, output_dir, stage, source)
         shutil.rmtree(gathered)
     trainer.accelerator.wait_for_everyone()
+
+
+def write_checkpoint(
+    gathered: Path, source: Checkpoint, output_dir: Path, stage: Stage, beside: Path | None = None
+) -> None:
+    """Moves a whole model from a folder into ``output_dir``: weights in the source's dtype, the lineage last.
+
+    Tokenizer and the like are the source's, but for what is in the folder ``beside``.
+    """
+    whole = output_dir / ".whole.tmp"
+    shutil.rmtree(whole, ignore_errors=True)
+    whole.mkdir(parents=True)
+    _write_in_dtype_of(source, Checkpoint.open(gathered), whole)
+    copy_companions(source.folder, whole)
+    for path in beside.iterdir() if beside is not None else ():
+        os.replace(path, whole / path.name)
+    _take_over(whole, output_dir, stage, source)
+    shutil.rmtree(whole)
+    shutil.rmtree(gathered)
 
 
 def told_settings(
@@ -132,6 +156,17 @@ def told_settings(
 def lora_settings(lora: LoraArguments) -> dict[str, Any]:
     """What the lineage says of adapters; nothing where there are none."""
     return {} if lora.lora_r is None else {key: value for key, value in settings_dict(lora).items() if value}
+
+
+def _write_log(trainer: Trainer, folder: Path, stage: Stage, log_file: str) -> None:
+    (folder / log_file).write_text(json.dumps(trainer.state.log_history, indent=1) + "\n", encoding="utf-8")
+    stage.files = {log_file: "training log"}
+
+
+def _take_over(folder: Path, output_dir: Path, stage: Stage, source: Checkpoint) -> None:
+    for path in [*folder.iterdir()]:
+        os.replace(path, output_dir / path.name)
+    append_stage(stage, output_dir, source.folder)
 
 
 def _write_in_dtype_of(source: Checkpoint, trained: Checkpoint, folder: Path) -> None:

@@ -7,7 +7,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer
 
-from hf_minitron.adapters import merged_copy
+from hf_minitron.adapters import merged_copy, plain_state
 
 
 def save_whole(trainer: Trainer, folder: str) -> None:
@@ -17,14 +17,8 @@ def save_whole(trainer: Trainer, folder: str) -> None:
     checkpoints stay in parts (`zero3_save_16bit_model: false`, `SHARDED_STATE_DICT`) do not matter. Adapters of a
     PeftModel are merged into the weights, so that plain transformers loads what was trained.
     """
-    if trainer.is_deepspeed_enabled:
-        state = _zero_state_dict(trainer)
-    elif trainer.accelerator.is_fsdp2:
-        state = trainer.accelerator.get_state_dict(trainer.model)
-    elif isinstance(trainer.model, PeftModel):
-        own = trainer.model.state_dict()
-        state = {name: value.to("cpu", copy=True) for name, value in own.items()}
-    else:
+    state = _whole_state(trainer)
+    if state is None:
         trainer.save_model(folder)
         return
     if isinstance(trainer.model, PeftModel):
@@ -39,9 +33,30 @@ def save_whole(trainer: Trainer, folder: str) -> None:
     trainer._save(folder, state_dict=state)
 
 
+def save_adapters(trainer: Trainer, folder: str, model: str, revision: str | None) -> None:
+    """Writes the adapters of a PeftModel alone, as peft does; they are said to be for `model` at `revision`.
+
+    Every process must call it, as with `save_whole`.
+    """
+    state = _whole_state(trainer)
+    if trainer.is_world_process_zero():
+        for config in trainer.model.peft_config.values():
+            config.base_model_name_or_path, config.revision = model, revision
+        trainer.model.save_pretrained(folder, state_dict=state)
+
+
 def zero_stage(accelerator: Accelerator) -> int | None:
     """1 to 3 under DeepSpeed, else None."""
     return accelerator.state.deepspeed_plugin.zero_stage if accelerator.distributed_type == "DEEPSPEED" else None
+
+
+def _whole_state(trainer: Trainer) -> dict[str, Tensor] | None:
+    """The trained model's state, gathered; None where the Trainer writes whole weights by itself."""
+    if trainer.is_deepspeed_enabled:
+        return _zero_state_dict(trainer)
+    if trainer.accelerator.is_fsdp2:
+        return trainer.accelerator.get_state_dict(trainer.model)
+    return plain_state(trainer.model) if isinstance(trainer.model, PeftModel) else None
 
 
 def _zero_state_dict(trainer: Trainer) -> dict[str, Tensor]:

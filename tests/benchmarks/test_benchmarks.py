@@ -22,6 +22,9 @@ TINY = {
     "--check-tokens 16 --check-vocab 512 --methods hf-minitron trl",
     "distillation_step": "--size tiny --turns 1 --steps 1 --methods trl modelopt --modelopt-python no-such-python",
     "pruning_methods": "--num-layers-dropped 4 --seeds 1 --rows 2 --questions 2 --eval-tokens 100",
+    "teacher_correction": "--steps 2 --student-steps 3 --rows-per-step 1 --row-length 16 --eval-rows 2 "
+    "--methods full norm --parallel full",
+    "shift": "--rows 4 --row-length 16 --steps 1 --rows-per-step 1 --eval-rows 1",
     "teacher_cache": "--teacher-hidden-size 64 --teacher-layers 2 --student-hidden-size 32 --student-layers 1 "
     "--vocab-size 512 --rows 4 --row-length 16 --top-k 16 --fidelity-rows 2 --repeats 2",
 }
@@ -203,3 +206,24 @@ def test_pruning_methods():
         assert min(values["loss"]) > teacher["loss"] and values["parameters"] < teacher["parameters"]
         if not name.startswith("heads"):  # width and depth at equal parameters
             assert values["parameters"] == pytest.approx(4_131_072, rel=1e-3)
+
+
+def test_teacher_correction(tmp_path):
+    facts = json.loads(run("teacher_correction", "--json", "--seeds", "0", "1", "--plot", str(tmp_path / "plot.png")))
+    assert all(map(math.isfinite, numbers(facts))) and (tmp_path / "plot.png").is_file()
+    for seed in facts["seeds"]:
+        assert list(seed["teachers"]) == ["full", "norm"]
+        assert list(seed["students"]) == ["original", "full", "norm", "full, parallel"]
+        trained = [teacher["num_trained"] for teacher in seed["teachers"].values()]
+        assert trained == [seed["parameters"]["teacher"], 17 * 256]  # two norms in each of 8 layers, and the last
+        assert all(found["steps"] == [0, 1, 2, 3] for found in seed["students"].values())
+        assert len({found["losses"][0] for found in seed["students"].values()}) == 1, "one and the same student"
+    assert facts["peak_bytes"]["full"] > facts["peak_bytes"]["norm"] > 0
+
+
+def test_shift():
+    facts = json.loads(run("shift", "--json"))
+    assert list(facts["texts"]) == ["unseen modules", "test suites", "help topics"]
+    for found in facts["texts"].values():
+        assert found["samples"].keys() == found["training text"].keys() == {"tokens", "pairs", "gap", "advice"}
+        assert found["after"] > 0 and found["loss"] > 0

@@ -172,7 +172,7 @@ def test_blocks_of_rows_change_nothing(monkeypatch, name):
     expected, by_logits = token_losses(settings, student, teacher, labels, True)
     monkeypatch.setattr(divergences, "CPU_BLOCK", 2 * V)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    assert divergences._rows_per_block(student) == 2
+    assert divergences.rows_per_block(student) == 2
     values = token_losses_(settings, student, teacher, labels, weight, grad=student)  # in place of the logits
     for value, reference in zip(values, expected, strict=True):
         assert torch.equal(value, reference)

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from hf_minitron.architectures import LogitTransform
-from hf_minitron.distill import divergences, kd_head, kd_products
+from hf_minitron.distill import divergences, kd_products
 from hf_minitron.distill.divergences import TokenLoss, token_losses
 from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
 from hf_minitron.distill.kd_inputs import CPU_BUDGET, CPU_CHUNK, tokens_per_chunk
@@ -167,8 +167,8 @@ def test_backward_scales_in_place_unless_another_may_follow(monkeypatch):
         results.append((grad, _scaled(grad, *rest)))
         return results[-1][1]
 
-    _scaled = kd_head._scaled
-    monkeypatch.setattr(kd_head, "_scaled", scaled)
+    _scaled = kd_products._scaled
+    monkeypatch.setattr(kd_products, "_scaled", scaled)
     inputs = make_inputs()
     for keep in (True, False):
         loss = fused_linear_kd(**inputs).loss
@@ -360,7 +360,6 @@ def half_operands(monkeypatch):
     multiply_exactly_ = kd_products.multiply_
     monkeypatch.setattr(kd_products, "_operand_dtype", operand_dtype)
     monkeypatch.setattr(kd_products, "multiply_", multiply_)
-    monkeypatch.setattr(kd_head, "multiply_", multiply_)
 
 
 def relative_errors(half, exact, **options):
@@ -398,7 +397,7 @@ def test_fp16_entries_are_moved_into_its_range(half_operands, monkeypatch):
     def add(self, tokens, rows, grad):
         largest.append(grad.abs().max().item())
 
-    monkeypatch.setattr(kd_head._Gradients, "add", add)
+    monkeypatch.setattr(kd_products.HeadGradients, "add", add)
     for name in NAMES:
         for token_weight in (1.0, 1e-6):
             half, _ = half_precision_inputs(torch.float16, kl=0.5)

@@ -25,7 +25,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 
 from hf_minitron import cli
-from hf_minitron.distill.trainer import DistillationTrainer
+from hf_minitron.distill.token_trainer import TokenMeanTrainer
 
 ENGINES = ("ddp", "zero1", "zero2", "zero3", "fsdp2")
 # Settings under which the engines' own checkpoints hold no whole weights.
@@ -42,7 +42,8 @@ helpers = runpy.run_path(str(Path(__file__).with_name("distillation_run.py")))
 def main(kind: str, folder: Path, words: list[str]) -> None:
     """Runs the jobs of one test file and exits with the number of those that failed."""
     torch.set_num_threads(1)
-    jobs = {"steps": step_jobs, "stages": stage_jobs, "streams": stream_jobs}[kind](folder, words)
+    kinds = {"steps": step_jobs, "stages": stage_jobs, "streams": stream_jobs, "corrections": correction_jobs}
+    jobs = kinds[kind](folder, words)
     failed = [name for name, (expected, function, arguments) in jobs.items()
               if run_job(folder / name, function, arguments) != expected]  # fmt: skip
     for name in failed:
@@ -163,26 +164,63 @@ def stream_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
 
 
 def distill(
-    engine: str, output_dir: Path, words: list[str], options: Sequence[str] = (), killed_at: int | None = None
+    engine: str,
+    output_dir: Path,
+    words: list[str],
+    options: Sequence[str] = (),
+    killed_at: int | None = None,
+    command: str = "distill",
 ) -> dict[str, Any]:
     """The command line under one engine's file of recipes/accelerate; with `killed_at`, kill -9 in that step."""
     if engine != "ddp":
         os.environ |= launch_environment(engine, options)
     if killed_at is not None:
-        step = DistillationTrainer.training_step
+        step = TokenMeanTrainer.training_step
 
-        def killed_step(self: DistillationTrainer, *args: Any, **kwargs: Any) -> Any:
+        def killed_step(self: TokenMeanTrainer, *args: Any, **kwargs: Any) -> Any:
             if self.state.global_step == killed_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return step(self, *args, **kwargs)
 
-        DistillationTrainer.training_step = killed_step
+        TokenMeanTrainer.training_step = killed_step
     with fsdp_on_cpus(engine == "fsdp2"):
-        status = cli.main(["distill", *words, "--output-dir", str(output_dir)])
+        status = cli.main([command, *words, "--output-dir", str(output_dir)])
     assert status == 0, status
     state = AcceleratorState()
     stage = state.deepspeed_plugin.zero_stage if engine.startswith("zero") else None
     return {"type": state.distributed_type.value, "stage": stage}
+
+
+# --- `hf-minitron correct-teacher`, and a teacher that is corrected while it teaches
+
+
+def correction_jobs(folder: Path, words: list[str]) -> dict[str, tuple]:
+    """Words are those of both commands, then `--` and those of `distill` alone.
+
+    Corrections of all weights and of norms run through, of adapters they are killed and go on; in parallel DDP is
+    killed and goes on, ZeRO-2 runs through, and the engines that shard the teacher refuse.
+    """
+    split, resume = words.index("--"), ["--resume-from-checkpoint=true"]
+    shared, distilling = words[:split], [*words[:split], *words[split + 1 :]]
+    jobs, command = {}, "correct-teacher"
+    for engine, method in (("ddp", "full"), ("zero3", "full"), ("fsdp2", "norm")):
+        name = f"{engine}-{method}"
+        jobs[name] = (0, distill, (engine, folder / name, [*shared, f"--method={method}"], (), None, command))
+    for engine in ("ddp", "zero3"):
+        target, lora = folder / f"{engine}-lora", [*shared, "--method=lora", "--lora-r=4"]
+        jobs[f"{engine}-killed"] = (signal.SIGKILL, distill, (engine, target, lora, (), 4, command))
+        jobs[f"{engine}-lora"] = (0, distill, (engine, target, lora + resume, (), None, command))
+    for engine in ("ddp", "zero2"):
+        target = folder / f"{engine}-parallel"
+        parallel = [*distilling, "--teacher-correction=full", f"--corrected-teacher-dir={target}-teacher"]
+        if engine == "ddp":
+            jobs["parallel-killed"] = (signal.SIGKILL, distill, (engine, target, parallel, (), 4))
+            parallel = parallel + resume
+        jobs[f"{engine}-parallel"] = (0, distill, (engine, target, parallel))
+    for engine in ("zero3", "fsdp2"):
+        refused = [*distilling, "--teacher-correction=norm"]
+        jobs[f"{engine}-refused"] = (1, distill, (engine, folder / f"{engine}-refused", refused))
+    return jobs
 
 
 def launch_environment(engine: str, options: Sequence[str]) -> dict[str, str]:

@@ -14,17 +14,9 @@ from transformers import AutoTokenizer
 from hf_minitron.data import check_row_length
 from hf_minitron.distill.cache_writer import CacheFormat, TeacherFacts, processes, write_cache
 from hf_minitron.distill.fingerprints import hash_tokenizer
-from hf_minitron.distill.inputs import DistillArguments, held_out_rows, open_teacher, read_rows
+from hf_minitron.distill.inputs import as_in_distill, held_out_rows, open_teacher, read_rows, text_to_read
 from hf_minitron.distill.teacher import load_model
 from hf_minitron.hardware import parse_dtype
-
-_OF_DISTILL = {option.name: option for option in dataclasses.fields(DistillArguments)}
-
-
-def _as_in_distill(name: str) -> Any:
-    """An option that ``distill`` has too, with its default and help."""
-    option = _OF_DISTILL[name]
-    return field(default=option.default, metadata=option.metadata)
 
 
 @dataclass
@@ -32,7 +24,7 @@ class CacheTeacherArguments:
     """Which teacher is asked about which rows, and what is kept of its answers."""
 
     teacher_model: str = field(metadata={"help": "Hub id or folder of the teacher."})
-    dataset: str = field(metadata=_OF_DISTILL["dataset"].metadata)
+    dataset: str = text_to_read()
     output_dir: str = field(metadata={"help": "Folder of the cache. An unfinished one with the same settings goes on."})
     kind: Literal["exact", "topk"] = field(
         default="exact",
@@ -48,27 +40,27 @@ class CacheTeacherArguments:
     vocab_limit: int | None = field(
         default=None, metadata={"help": "With --kind topk, as in distill: only the first entries, renormalised."}
     )
-    dataset_config: str | None = _as_in_distill("dataset_config")
-    dataset_split: str = _as_in_distill("dataset_split")
-    text_column: str | None = _as_in_distill("text_column")
-    eval_dataset: str | None = _as_in_distill("eval_dataset")
-    eval_split: str | None = _as_in_distill("eval_split")
+    dataset_config: str | None = as_in_distill("dataset_config")
+    dataset_split: str = as_in_distill("dataset_split")
+    text_column: str | None = as_in_distill("text_column")
+    eval_dataset: str | None = as_in_distill("eval_dataset")
+    eval_split: str | None = as_in_distill("eval_split")
     max_length: int | None = field(
         default=None, metadata={"help": "Tokens per packed row (default: what the teacher takes, at most 4096)."}
     )
     max_train_rows: int | None = field(
         default=None, metadata={"help": "Cache at most so many training rows; distill then draws from these."}
     )
-    max_eval_rows: int = _as_in_distill("max_eval_rows")
+    max_eval_rows: int = as_in_distill("max_eval_rows")
     seed: int = field(default=42, metadata={"help": "Of the order of the documents; distill follows it."})
     batch_size: int = field(default=8, metadata={"help": "Rows that the teacher reads at a time."})
     max_shard_bytes: int = field(default=1_000_000_000, metadata={"help": "Size that no shard exceeds."})
-    teacher_revision: str | None = _as_in_distill("teacher_revision")
-    teacher_dtype: str = _as_in_distill("teacher_dtype")
-    teacher_quantization: str | None = _as_in_distill("teacher_quantization")
-    teacher_device_map: str | None = _as_in_distill("teacher_device_map")
-    trust_remote_code: bool = _as_in_distill("trust_remote_code")
-    overwrite: bool = _as_in_distill("overwrite")
+    teacher_revision: str | None = as_in_distill("teacher_revision")
+    teacher_dtype: str = as_in_distill("teacher_dtype")
+    teacher_quantization: str | None = as_in_distill("teacher_quantization")
+    teacher_device_map: str | None = as_in_distill("teacher_device_map")
+    trust_remote_code: bool = as_in_distill("trust_remote_code")
+    overwrite: bool = as_in_distill("overwrite")
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_minitron.distill.fingerprints import keys_tensor, row_key
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
@@ -56,6 +56,24 @@ class CausalLMCollator:
                 )
             batch["position_ids"] = restarting_positions(batch["input_ids"], self.document_end)
         return batch
+
+
+def isolating_collator(
+    tokenizer: PreTrainedTokenizerBase, args: TrainingArguments, model: PreTrainedModel
+) -> CausalLMCollator:
+    """Rows whose documents do not see each other; refuses where they still would."""
+    if tokenizer.eos_token_id is None:
+        raise ValueError(
+            "isolate_documents: the tokenizer has no eos token, so packed documents have no end. Leave it out."
+        )
+    rows = max(args.per_device_train_batch_size, args.per_device_eval_batch_size)
+    if "flash" in str(model.config._attn_implementation) and rows > 1:
+        raise ValueError(
+            f"isolate_documents with {model.config._attn_implementation} and {rows} rows per device: transformers "
+            "isolates documents there in batches of one row only. Set per_device_train_batch_size and "
+            "per_device_eval_batch_size to 1 and raise gradient_accumulation_steps, or use sdpa."
+        )
+    return CausalLMCollator(tokenizer.eos_token_id, document_end=tokenizer.eos_token_id)
 
 
 def pad_token_id(model: PreTrainedModel, processing_class: Any) -> int:

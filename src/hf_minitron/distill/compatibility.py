@@ -42,7 +42,8 @@ def head_facts(role: str, model: PreTrainedModel) -> HeadFacts:
             f"The {role}'s head is a {type(head).__name__} of peft: the loss reads the head's own weight and would "
             "miss what is added to it. Leave the head out of target_modules and modules_to_save."
         )
-    return HeadFacts(head.weight.shape[0], model.config)
+    shape = getattr(head.weight, "ds_shape", head.weight.shape)  # ZeRO-3 loads weights in parts
+    return HeadFacts(shape[0], model.config)
 
 
 def check_heads(student: HeadFacts, teacher: HeadFacts, vocab_limit: int | None) -> None:

@@ -1,9 +1,10 @@
-"""Settings of a distillation: the Trainer's own, and the loss's."""
+"""Settings of distillation and of what it shares with teacher correction: the Trainer's own, and the loss's."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import SchedulerType, TrainingArguments
 
@@ -13,7 +14,45 @@ from hf_minitron.distill.state_losses import LOSS_NAMES, METRICS
 
 
 @dataclass
-class DistillationConfig(TrainingArguments):
+class TokenMeanArguments(TrainingArguments):
+    """Settings of a `TokenMeanTrainer`: the Trainer's own, without those that would change what its loss means."""
+
+    kd_chunk_size: int | None = field(
+        default=None,
+        metadata={"help": "Tokens whose logits are in memory at a time; by default it follows the device."},
+    )
+    logging_nan_inf_filter: bool = field(
+        default=False,
+        metadata={
+            "help": "Hide NaN and infinite losses from the log, at the price of a synchronisation per batch. "
+            "Training stops on them either way, at the next log or save."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_count(self, "kd_chunk_size")
+        if not self.average_tokens_across_devices:
+            raise ValueError(
+                "average_tokens_across_devices=False would weigh tokens differently in every process: the loss is a "
+                "mean over all tokens of the global batch. Leave it True."
+            )
+        if self.label_smoothing_factor:
+            raise ValueError(
+                f"label_smoothing_factor={self.label_smoothing_factor} has no meaning here: the loss is "
+                "computed without it. Use 0.0."
+            )
+
+
+def check_count(settings: Any, name: str) -> None:
+    """Raises ValueError for a setting that is neither left out nor a positive number."""
+    value = getattr(settings, name)
+    if value is not None and value < 1:
+        raise ValueError(f"{name}={value} is not a positive count. Leave it out for the default.")
+
+
+@dataclass
+class DistillationConfig(TokenMeanArguments):
     """Settings of `DistillationTrainer`: the Trainer's own, and the loss's.
 
     Peak learning rate, schedule and warm-up default to those of Llama-3.1-Minitron (P2 Table 4). For its decay to a
@@ -56,10 +95,6 @@ class DistillationConfig(TrainingArguments):
             "student and teacher pad their vocabularies differently."
         },
     )
-    kd_chunk_size: int | None = field(
-        default=None,
-        metadata={"help": "Tokens whose logits are in memory at a time; by default it follows the device."},
-    )
     intermediate_losses: list[str] | None = field(
         default=None,
         metadata={
@@ -85,32 +120,12 @@ class DistillationConfig(TrainingArguments):
             "it was in the step before."
         },
     )
-    logging_nan_inf_filter: bool = field(
-        default=False,
-        metadata={
-            "help": "Hide NaN and infinite losses from the log, at the price of a synchronisation per batch. "
-            "Distillation stops on them either way, at the next log or save."
-        },
-    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         TokenLoss(self.divergence, self.temperature, self.ce_weight, self.js_beta)  # raises what is wrong
-        for name in ("vocab_limit", "kd_chunk_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name}={value} is not a positive count. Leave it out for the default.")
+        check_count(self, "vocab_limit")
         self._check_intermediate()
-        if not self.average_tokens_across_devices:
-            raise ValueError(
-                "average_tokens_across_devices=False would weigh tokens differently in every process: the loss is a "
-                "mean over all tokens of the global batch. Leave it True."
-            )
-        if self.label_smoothing_factor:
-            raise ValueError(
-                f"label_smoothing_factor={self.label_smoothing_factor} has no meaning here: the teacher's "
-                "distribution is the target. Use 0.0."
-            )
 
     def _check_intermediate(self) -> None:
         names = self.intermediate_losses

@@ -107,7 +107,7 @@ def token_losses_(
     student, teacher [n, V]: the heads' outputs before the models' transforms, fp32 or fp64. labels, weight [n].
     grad [n, V]: by `student`; may be `student` itself, and of lower precision, to which it is rounded last.
     """
-    count, block = len(student), _rows_per_block(student)
+    count, block = len(student), rows_per_block(student)
     values = TokenValues(*student.new_zeros(4, count), torch.zeros(count, dtype=torch.bool, device=student.device))
     scratch = student.new_empty(5, min(block, count), student.shape[1])
     for start in range(0, count, block):
@@ -165,7 +165,7 @@ def token_losses(
         plain = p if settings.temperature == 1 else _softmax(student, 1.0, *scratch[:2])
         grad.add_(plain.probability, alpha=settings.ce_weight)
         grad.scatter_add_(-1, labels[:, None], grad.new_full((len(grad), 1), -settings.ce_weight))
-    return values, _through_transform(grad, head_output, settings.student_transform)
+    return values, through_transform(grad, head_output, settings.student_transform)
 
 
 def transformed(logits: Tensor, transform: LogitTransform) -> Tensor:
@@ -238,7 +238,7 @@ _DIVERGENCES = {
 }
 
 
-def _through_transform(grad: Tensor, raw: Tensor, transform: LogitTransform) -> Tensor:
+def through_transform(grad: Tensor, raw: Tensor, transform: LogitTransform) -> Tensor:
     """The gradient by the head's output, from that by the logits."""
     if transform.softcap is not None:
         tanh = (raw * (transform.scale / transform.softcap)).tanh_()
@@ -274,6 +274,7 @@ def _cross_entropy(logits: Tensor, softmax: _Softmax, labels: Tensor, temperatur
     return logits.logsumexp(-1) - logits.gather(-1, index).squeeze(-1)
 
 
-def _rows_per_block(logits: Tensor) -> int:
+def rows_per_block(logits: Tensor) -> int:
+    """How many rows of logits [n, V] to work on at a time."""
     block = CUDA_BLOCK if logits.is_cuda else CPU_BLOCK * torch.get_num_threads()
     return max(1, block // logits.shape[-1])

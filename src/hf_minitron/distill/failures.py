@@ -46,7 +46,7 @@ class BatchWatch:
         """Raises FloatingPointError unless all are finite; of sums over all processes, so that all of them stop."""
         if not all(math.isfinite(value) for value in sums.values()):
             raise FloatingPointError(
-                f"The distillation loss became NaN or infinite {when}: {dict(sums)}. {self.describe()}Lower "
+                f"The loss became NaN or infinite {when}: {dict(sums)}. {self.describe()}Lower "
                 "learning_rate, set max_grad_norm, or resume from the last checkpoint, which is from before; with "
                 "fp16, use bf16."
             )

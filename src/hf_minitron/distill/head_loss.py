@@ -1,4 +1,4 @@
-"""The loss of a student's head against what its teacher gives as targets: a head of its own, or top-k."""
+"""The loss of a model's head: against what a teacher gives as targets, a head of its own or top-k; or on the text."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_minitron.architectures import get_logit_transform
+from hf_minitron.distill.ce_head import CEOutput, fused_linear_ce
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.kd_head import KDOutput, fused_linear_kd
 from hf_minitron.distill.kd_inputs import IGNORE_INDEX
@@ -46,4 +47,20 @@ def compare_heads(
         js_beta=args.js_beta,
         vocab_limit=args.vocab_limit,
         **options,
+    )
+
+
+def head_cross_entropy(
+    hidden: Tensor, model: PreTrainedModel, following: Tensor, chunk_size: int | None = None
+) -> CEOutput:
+    """The language-model loss of hidden states [tokens, hidden]; `following` [tokens] are the next tokens."""
+    head = model.get_output_embeddings()
+    return fused_linear_ce(
+        hidden,
+        whole(head.weight),
+        following,
+        (following != IGNORE_INDEX).float(),
+        bias=getattr(head, "bias", None),
+        transform=get_logit_transform(model.config),
+        chunk_size=chunk_size or "auto",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from datasets import Dataset
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_minitron.checkpoint import Checkpoint
 from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, held_out_split, load_text, pack_rows
@@ -21,6 +22,7 @@ from hf_minitron.distill.stream_inputs import data_seed, open_stream, stream_sou
 from hf_minitron.distill.teacher import check_quantization, load_model
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.hardware import fast_dtype, parse_dtype
+from hf_minitron.mixes import MixSource
 from hf_minitron.row_stream import RowStream, Stopping
 
 
@@ -104,6 +106,17 @@ class DistillArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace output_dir if it is not empty."})
 
 
+def as_in_distill(name: str) -> Any:
+    """An option that ``distill`` has too, with its default and help, for the dataclass of another command."""
+    option = {option.name: option for option in dataclasses.fields(DistillArguments)}[name]
+    return field(default=option.default, metadata=option.metadata)
+
+
+def text_to_read() -> Any:
+    """`dataset` where it must be given."""
+    return field(metadata=as_in_distill("dataset").metadata)
+
+
 @dataclass(frozen=True)
 class PackedRows:
     """Packed rows and what the lineage says of them; ``facts["fingerprint"]`` is that of the rows.
@@ -131,6 +144,10 @@ class DistillInputs:
     @cached_property
     def teacher_model(self) -> PreTrainedModel | CachedTeacher:
         """The teacher in memory, or its cache: the same one for every student."""
+        return self.load_teacher()
+
+    def load_teacher(self) -> PreTrainedModel | CachedTeacher:
+        """The same, but a model of one's own."""
         if isinstance(self.teacher, CachedTeacher):
             return self.teacher
         how = (self.teacher_quantization, self.teacher_device_map)
@@ -152,15 +169,11 @@ def load_inputs(
         teacher.check_tokenizer(tokenizer)
         max_length = teacher.check_length(max_length)
         drawn = teacher.manifest["data"]
-    elif (teacher_tokenizer := _find_tokenizer(teacher)) is not None:
+    elif (teacher_tokenizer := find_tokenizer(teacher)) is not None:
         check_same_tokens(tokenizer, teacher_tokenizer)
     max_length = check_row_length(student.config, max_length, "max_length")
     with PartialState().main_process_first():
-        if sources is not None:
-            stream = open_stream(sources, arguments, config, tokenizer, max_length)
-            train = PackedRows(stream, stream.describe())
-        else:
-            train = _train_rows(arguments, config, tokenizer, max_length, drawn.get("train"))
+        train = train_rows(arguments, config, tokenizer, max_length, sources, drawn.get("train"))
         held_out = held_out_rows(arguments, tokenizer, max_length, drawn.get("held_out"))
     return DistillInputs(teacher, *how, arguments.trust_remote_code, train, held_out, max_length)
 
@@ -225,21 +238,28 @@ def read_rows(
     return PackedRows(rows, describe_source(source, **how) | {"fingerprint": fingerprint_rows(rows)})
 
 
-def _find_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
+def find_tokenizer(checkpoint: Checkpoint) -> PreTrainedTokenizerBase | None:
     """The tokenizer beside a model's weights, if there is one."""
     if not any((checkpoint.folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json")):
         return None
     return AutoTokenizer.from_pretrained(checkpoint.folder)
 
 
-def _train_rows(
-    arguments: DistillArguments,
-    config: DistillationConfig,
+def train_rows(
+    arguments: Any,
+    config: TrainingArguments,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
-    drawn: dict[str, Any] | None,
+    sources: list[MixSource] | None = None,
+    drawn: dict[str, Any] | None = None,
 ) -> PackedRows:
-    """Rows at random, no more than the run's steps can use, so that a stream is only read as far as needed."""
+    """The stream of ``sources``; without, rows at random, no more than the run's steps can use.
+
+    A data set on the Hub is therefore only read as far as needed.
+    """
+    if sources is not None:
+        stream = open_stream(sources, arguments, config, tokenizer, max_length)
+        return PackedRows(stream, stream.describe())
     most = arguments.max_train_rows
     if config.max_steps > 0:
         rows_per_step = config.train_batch_size * config.gradient_accumulation_steps * config.world_size

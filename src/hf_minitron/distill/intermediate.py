@@ -136,6 +136,8 @@ class IntermediateStates(NoIntermediateStates):
     def watch(self, role: str) -> Iterator[None]:
         with self._recorders[role].recording() as states:
             yield
+        if role == "teacher":  # a teacher that is corrected meanwhile has a graph of its own, gone by now
+            states = {key: tuple(state.detach() for state in found) for key, found in states.items()}
         self._states[role] = states
 
     def add_to(self, kd: KDOutput, following: Tensor, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:

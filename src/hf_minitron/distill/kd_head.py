@@ -7,7 +7,6 @@ gradients of the hidden states and of the head survive a chunk. Each head is pro
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -21,10 +20,9 @@ from hf_minitron.architectures import LogitTransform
 from hf_minitron.distill import divergences
 from hf_minitron.distill.divergences import ON_LOGITS, Divergence, TokenLoss, TokenValues
 from hf_minitron.distill.kd_inputs import Model, check_shapes, tokens_per_chunk, used_rows, used_tokens
-from hf_minitron.distill.kd_products import Head, multiply_, precise_dtype
+from hf_minitron.distill.kd_products import Head, HeadGradients, gradient_unit, precise_dtype, scaled_gradients
 
 OLDEST_FOR_TRITON = (7, 0)  # compute capability
-FP16_ROOM = 2.0**15  # half of what fp16 can count to
 
 
 @dataclass
@@ -151,9 +149,9 @@ class _FusedLinearKD(torch.autograd.Function):
         student = Model(hidden, weight, bias)
         precise = precise_dtype(*student[:2], *work.teacher[:2])
         student_head, teacher_head = (Head(model, work.vocab_size, precise) for model in (student, work.teacher))
-        gradients = _Gradients(student, student_head, [work.grad_enabled and n for n in ctx.needs_input_grad[:3]])
+        gradients = HeadGradients(student, student_head, [work.grad_enabled and n for n in ctx.needs_input_grad[:3]])
         token_weight = work.token_weight.to(precise)
-        unit = _gradient_unit(work, student_head.dtype)
+        unit = gradient_unit(work.token_weight[work.used], student_head.dtype, _largest_gradient(work))
         token_losses_ = _row_math(token_weight)
         values = TokenValues(*token_weight.new_zeros(4, len(hidden)), torch.zeros_like(token_weight, dtype=torch.bool))
         student_buffer, teacher_buffer = token_weight.new_empty(
@@ -187,8 +185,7 @@ class _FusedLinearKD(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, *unused: Any) -> tuple[Tensor | None, ...]:
         *gradients, unit = ctx.saved_tensors
-        factor, in_place = grad_loss * unit, not _graph_is_kept()
-        return *(_scaled(*pair, factor, in_place) for pair in zip(gradients, ctx.dtypes, strict=True)), None
+        return *scaled_gradients(gradients, ctx.dtypes, grad_loss * unit), None
 
 
 def _row_math(like: Tensor) -> Callable[..., TokenValues]:
@@ -202,56 +199,10 @@ def _row_math(like: Tensor) -> Callable[..., TokenValues]:
     return kd_kernels.token_losses_
 
 
-class _Gradients:
-    """Sums of the gradients by the student's tensors, [hidden, weight, bias], None where nobody needs one."""
-
-    def __init__(self, student: Model, head: Head, needs: list[bool]) -> None:
-        self.head = head
-        self.needed = any(needs)
-        self.sums = [
-            torch.zeros_like(tensor, dtype=head.precise) if needed else None
-            for tensor, needed in zip(student, needs, strict=True)
-        ]
-
-    def add(self, tokens: Tensor, rows: Tensor, grad: Tensor) -> None:
-        """Adds a chunk's: `rows` are the hidden states of `tokens`, `grad` [n, V] is by the head's output."""
-        hidden, weight, bias = self.sums
-        if hidden is not None:
-            hidden[tokens] = self.head.pull_back(grad)
-        if weight is not None:
-            multiply_(weight[: grad.shape[1]], grad.t(), rows, beta=1)
-        if bias is not None:
-            bias[: grad.shape[1]] += grad.sum(0, dtype=bias.dtype)
-
-
-def _gradient_unit(work: _Work, dtype: torch.dtype) -> Tensor:
-    """What the gradient by the logits is counted in, for the products; the sums are multiplied by it at the end.
-
-    The greatest token weight, so that a mean over many tokens does not make entries tiny. fp16 loses what is below
-    6e-8 and above 65504: there they are moved to the upper end of its range by a power of two.
-    """
-    settings, weights = work.settings, work.token_weight[work.used]
-    unit = weights.abs().amax() if len(weights) else weights.new_ones(())
-    unit = unit.to(torch.promote_types(weights.dtype, torch.float32))
-    if dtype != torch.float16:
-        return unit
+def _largest_gradient(work: _Work) -> float:
+    """About how great an entry of the gradient by the head's output gets, of a token of weight 1."""
+    settings = work.settings
     largest = 64 / work.vocab_size if settings.divergence in ON_LOGITS else settings.temperature
     if settings.divergence == "reverse_kl":
         largest *= 32  # p log(p / q), for a token that the teacher thinks impossible
-    largest = settings.student_transform.scale * (largest + settings.ce_weight)
-    return unit / 2.0 ** math.floor(math.log2(FP16_ROOM / largest))
-
-
-def _scaled(grad: Tensor | None, dtype: torch.dtype | None, factor: Tensor, in_place: bool) -> Tensor | None:
-    """grad * factor in `dtype`, with no buffer but the result, nor with that if `grad` may be it."""
-    if grad is None:
-        return None
-    if in_place and grad.dtype == dtype:
-        return grad.mul_(factor)
-    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
-
-
-def _graph_is_kept() -> bool:
-    """Whether the backward pass that runs was called with retain_graph, so that another may follow."""
-    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # not public
-    return ask is None or ask()
+    return settings.student_transform.scale * (largest + settings.ce_weight)

@@ -6,12 +6,16 @@ they are upcast, the head a block of the vocabulary at a time so that it never e
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from hf_minitron.distill.kd_inputs import Model
 
 HALF = (torch.bfloat16, torch.float16)
+FP16_ROOM = 2.0**15  # half of what fp16 can count to
 VOCABULARY_BLOCK = 1024  # rows of a head per thread that are upcast and projected at a time on CPU
 
 
@@ -52,6 +56,48 @@ class Head:
         return result
 
 
+class HeadGradients:
+    """Sums of a loss's gradients by one model's tensors, [hidden, weight, bias], None where nobody needs one."""
+
+    def __init__(self, model: Model, head: Head, needs: list[bool]) -> None:
+        self.head = head
+        self.needed = any(needs)
+        self.sums = [
+            torch.zeros_like(tensor, dtype=head.precise) if needed else None
+            for tensor, needed in zip(model, needs, strict=True)
+        ]
+
+    def add(self, tokens: Tensor, rows: Tensor, grad: Tensor) -> None:
+        """Adds a chunk's: `rows` are the hidden states of `tokens`, `grad` [n, V] is by the head's output."""
+        hidden, weight, bias = self.sums
+        if hidden is not None:
+            hidden[tokens] = self.head.pull_back(grad)
+        if weight is not None:
+            multiply_(weight[: grad.shape[1]], grad.t(), rows, beta=1)
+        if bias is not None:
+            bias[: grad.shape[1]] += grad.sum(0, dtype=bias.dtype)
+
+
+def gradient_unit(weights: Tensor, dtype: torch.dtype, largest: float) -> Tensor:
+    """What the gradient by the logits is counted in, for the products; the sums are multiplied by it at the end.
+
+    The greatest token weight, so that a mean over many tokens does not make entries tiny. fp16 loses what is below
+    6e-8 and above 65504: there they are moved to the upper end of its range by a power of two. `largest` is about how
+    great they get, of a token of weight 1.
+    """
+    unit = weights.abs().amax() if len(weights) else weights.new_ones(())
+    unit = unit.to(torch.promote_types(weights.dtype, torch.float32))
+    return unit / 2.0 ** math.floor(math.log2(FP16_ROOM / largest)) if dtype == torch.float16 else unit
+
+
+def scaled_gradients(
+    gradients: Sequence[Tensor | None], dtypes: Sequence[torch.dtype | None], factor: Tensor
+) -> list[Tensor | None]:
+    """Each times `factor` in its dtype; in place where that is possible. To be called in a backward pass."""
+    in_place = not _graph_is_kept()
+    return [_scaled(*pair, factor, in_place) for pair in zip(gradients, dtypes, strict=True)]
+
+
 def multiply_(out: Tensor, left: Tensor, right: Tensor, beta: int) -> None:
     """out = beta * out + left @ right, in the precision of `out`, which may hold anything if beta is 0."""
     if left.dtype == out.dtype:
@@ -71,3 +117,18 @@ def _operand_dtype(model: Model, precise: torch.dtype) -> torch.dtype:
     if model.weight.dtype in HALF and model.weight.dtype == model.hidden.dtype:
         return model.weight.dtype
     return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else precise
+
+
+def _scaled(grad: Tensor | None, dtype: torch.dtype | None, factor: Tensor, in_place: bool) -> Tensor | None:
+    """grad * factor in `dtype`, with no buffer but the result, nor with that if `grad` may be it."""
+    if grad is None:
+        return None
+    if in_place and grad.dtype == dtype:
+        return grad.mul_(factor)
+    return torch.mul(grad, factor, out=torch.empty_like(grad, dtype=dtype))
+
+
+def _graph_is_kept() -> bool:
+    """Whether the backward pass that runs was called with retain_graph, so that another may follow."""
+    ask = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)  # not public
+    return ask is None or ask()

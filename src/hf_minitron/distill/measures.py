@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -11,40 +12,44 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
-from hf_minitron.distill.kd_head import KDOutput
+KD_VALUES = ("loss", "kl", "lm_loss", "teacher_lm_loss", "top1_agreement")
 
-TOKEN_VALUES = ("loss", "kl", "lm_loss", "teacher_lm_loss", "top1_agreement")
+
+@dataclass
+class BatchLosses:
+    """What a batch gave: the differentiable sum of its losses, and every token's values, [rows * length] each."""
+
+    loss: Tensor
+    """Scalar: a sum over the targets, that is over those in `mask`."""
+    values: dict[str, Tensor]
+    """By the names that are reported; 0 where `mask` is False."""
+    mask: Tensor
+    num_tokens: int
+    outputs: dict[str, Tensor | None] = field(default_factory=dict)
+    """What `compute_loss` returns as outputs, if asked to; None is left out."""
 
 
 class Measures:
-    """The sums of one run, in this order: `TOKEN_VALUES`, those of `extra`, and last the number of targets.
+    """The sums of one run, in this order: those of `names`, and last the number of targets."""
 
-    `knows_labels` says whether the teacher's cross-entropy is known.
-    """
-
-    def __init__(self, device: torch.device, knows_labels: bool, extra: Sequence[str] = ()) -> None:
-        self.device, self.knows_labels, self.extra = device, knows_labels, tuple(extra)
-        self.names = (*TOKEN_VALUES, *self.extra, "num_tokens")
+    def __init__(self, device: torch.device, names: Sequence[str]) -> None:
+        self.device = device
+        self.names = (*names, "num_tokens")
         self.dtype = torch.float32 if device.type == "mps" else torch.float64
 
     def zeros(self) -> Tensor:
         """Sums over nothing, [names]."""
         return torch.zeros(len(self.names), dtype=self.dtype, device=self.device)
 
-    def row_sums(self, kd: KDOutput, rows: int, extra: Mapping[str, Tensor]) -> Tensor:
-        """Sums over each row's targets, [rows, names], left on the device; `extra` has values [rows * length]."""
-        unknown = torch.zeros_like(kd.token_kl)
-        teacher_ce = unknown if kd.teacher_token_ce is None else kd.teacher_token_ce
-        columns = [kd.token_loss, kd.token_kl, kd.token_ce, teacher_ce, kd.top1_agreement]
-        columns += [*(extra[name] for name in self.extra), kd.token_mask]
+    def row_sums(self, found: BatchLosses, rows: int) -> Tensor:
+        """Sums over each row's targets, [rows, names], left on the device."""
+        columns = [*(found.values[name] for name in self.names[:-1]), found.mask]
         return torch.stack([c.detach().to(self.dtype).view(rows, -1).sum(1) for c in columns], dim=1)
 
     def means(self, sums: Sequence[float]) -> dict[str, float]:
-        """Means over targets of what is known, and the targets' number; NaN when there are none."""
+        """Means over targets, and the targets' number; NaN when there are none."""
         values = dict(zip(self.names, sums, strict=True))
         count = int(values.pop("num_tokens"))
-        if not self.knows_labels:
-            del values["teacher_lm_loss"]
         means = {name: value / count if count else math.nan for name, value in values.items()}
         return {**means, "num_tokens": count}
 

@@ -16,12 +16,12 @@ from hf_minitron.whole_weights import zero_stage
 
 
 def prepare_teacher(teacher: PreTrainedModel, accelerator: Accelerator | None, device: torch.device) -> nn.Module:
-    """Puts a frozen teacher where it is called: sharded as the student will be, else whole on this process's device.
+    """Puts a teacher where it is called: sharded as the student will be, else whole on this process's device.
 
     Under ZeRO-3 and FSDP every process holds a part of it, and gathers one layer at a time while it runs. ZeRO-1 and 2
-    shard gradients and optimizer states, of which a teacher has none. One that is spread by ``device_map`` stays there.
+    shard gradients and optimizer states, of which a frozen teacher has none. One that is spread by ``device_map`` stays
+    there.
     """
-    teacher.eval().requires_grad_(False)
     if getattr(teacher, "hf_device_map", None) is not None:
         return teacher
     if accelerator is None:
@@ -92,6 +92,11 @@ def redirected_forward(module: nn.Module, forward: Callable[..., Tensor]) -> Ite
             del module.forward
         else:
             module.forward = own
+
+
+def shards_weights(accelerator: Accelerator) -> bool:
+    """Whether every process holds only a part of each weight: ZeRO-3 and FSDP."""
+    return zero_stage(accelerator) == 3 or accelerator.distributed_type == "FSDP"
 
 
 def whole(weight: Tensor) -> Tensor:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoTokenizer, set_seed
 
 from hf_minitron.adapters import LoraArguments, add_adapters
-from hf_minitron.checkpoint import Checkpoint
-from hf_minitron.distill.collator import CausalLMCollator
+from hf_minitron.checkpoint import Checkpoint, check_output_dir
+from hf_minitron.distill.collator import isolating_collator
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import (
     DistillArguments,
@@ -23,7 +23,9 @@ from hf_minitron.distill.inputs import (
     open_checkpoint,
 )
 from hf_minitron.distill.layer_pairs import StudentOrigin, read_origin
+from hf_minitron.distill.parallel_correction import ParallelCorrection, check_correction, save_teacher
 from hf_minitron.distill.state_losses import LOSS_NAMES
+from hf_minitron.distill.stream_inputs import STREAM_OPTIONS
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.lineage import Stage
@@ -31,8 +33,7 @@ from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_setti
 
 LOG_FILE = "distill_log.json"
 _ALWAYS_TOLD = ("divergence", "temperature", "ce_weight", *SCHEDULE)
-_TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset"}
-_TOLD_ELSEWHERE |= {"dataset_mix", "streaming", "shuffle_buffer", "dataset_epochs", "stopping"}  # by the stream's facts
+_TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset", *STREAM_OPTIONS}
 
 
 @dataclass(frozen=True)
@@ -54,19 +55,30 @@ def distill_checkpoint(
     arguments: DistillArguments,
     config: DistillationConfig,
     lora: LoraArguments | None = None,
+    correction: ParallelCorrection | None = None,
     inputs: DistillInputs | None = None,
 ) -> DistillReport:
     """Trains the student on the teacher's logits and writes it, in its own dtype, with tokenizer and lineage.
 
     The student trains with fp32 weights, whatever it is stored in. An interrupted run leaves ``checkpoint-*`` folders
     in ``output_dir`` and goes on with ``resume_from_checkpoint`` ("true", or one of them). With ``lora`` only adapters
-    are trained, which are merged into what is written. ``inputs`` are those of an earlier ``load_inputs`` with the same
-    arguments; by default they are read now.
+    are trained, which are merged into what is written. With ``correction`` the teacher is trained meanwhile, and
+    written too if that is asked for. ``inputs`` are those of an earlier ``load_inputs`` with the same arguments; by
+    default they are read now.
     """
-    lora = lora or LoraArguments()
-    stage = Stage("distill", settings=_settings(arguments, config) | lora_settings(lora))
+    lora, correction = lora or LoraArguments(), correction or ParallelCorrection()
+    corrects = correction.teacher_correction is not None
+    if corrects:
+        arguments = check_correction(arguments, correction)
+    stage = Stage("distill", settings=_settings(arguments, config) | lora_settings(lora) | correction.settings())
     output_dir = Path(config.output_dir)
     resume = find_resume(output_dir, config.resume_from_checkpoint, arguments.overwrite)
+    if correction.corrected_teacher_dir is not None:
+        if Path(correction.corrected_teacher_dir).resolve() == output_dir.resolve():
+            raise ValueError(
+                f"corrected_teacher_dir and output_dir are both {output_dir}: give one of its own to each."
+            )
+        check_output_dir(correction.corrected_teacher_dir, arguments.overwrite or resume is not None)
     student = open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
     if inputs is None:
         inputs = load_inputs(arguments, config, student)
@@ -81,13 +93,14 @@ def distill_checkpoint(
         student_model = add_adapters(student_model, lora)
     trainer = DistillationTrainer(
         model=student_model,
-        teacher_model=inputs.teacher_model,
+        teacher_model=inputs.load_teacher() if corrects else inputs.teacher_model,
         args=config,
         train_dataset=train.dataset,
         eval_dataset=held_out.dataset if held_out else None,
         processing_class=tokenizer,
         student_origin=_origin(student, inputs.teacher) if config.intermediate_losses else None,
-        data_collator=_isolating_collator(tokenizer, config, student_model) if arguments.isolate_documents else None,
+        data_collator=isolating_collator(tokenizer, config, student_model) if arguments.isolate_documents else None,
+        teacher_correction=correction if corrects else None,
     )
     before = _metrics(trainer.evaluate()) if held_out and resume is None else {}
     seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
@@ -99,6 +112,10 @@ def distill_checkpoint(
     stage.tokens = report.num_tokens
     stage.metrics = {"before": before, "after": after} if after else None
     save_trained(trainer, student, output_dir, stage, LOG_FILE)
+    if correction.corrected_teacher_dir is not None:
+        stage = dataclasses.replace(stage, stage="correct", inputs={"teacher": inputs.teacher.source}, files=None)
+        stage.metrics = {when: {"held_out": _of_teacher(found)} for when, found in (stage.metrics or {}).items()}
+        save_teacher(trainer, inputs.teacher, Path(correction.corrected_teacher_dir), stage)
     return report
 
 
@@ -106,22 +123,10 @@ def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[s
     return told_settings(arguments, config, DistillationConfig, _ALWAYS_TOLD, _TOLD_ELSEWHERE)
 
 
-def _isolating_collator(
-    tokenizer: PreTrainedTokenizerBase, config: DistillationConfig, student: PreTrainedModel
-) -> CausalLMCollator:
-    """Rows whose documents do not see each other; refuses where they still would."""
-    if tokenizer.eos_token_id is None:
-        raise ValueError(
-            "isolate_documents: the tokenizer has no eos token, so packed documents have no end. Leave it out."
-        )
-    rows = max(config.per_device_train_batch_size, config.per_device_eval_batch_size)
-    if "flash" in str(student.config._attn_implementation) and rows > 1:
-        raise ValueError(
-            f"isolate_documents with {student.config._attn_implementation} and {rows} rows per device: transformers "
-            "isolates documents there in batches of one row only. Set per_device_train_batch_size and "
-            "per_device_eval_batch_size to 1 and raise gradient_accumulation_steps, or use sdpa."
-        )
-    return CausalLMCollator(tokenizer.eos_token_id, document_end=tokenizer.eos_token_id)
+def _of_teacher(metrics: dict[str, float]) -> dict[str, float]:
+    """The teacher's own, named as in a correction."""
+    own = {"teacher_lm_loss": "lm_loss", "teacher_perplexity": "perplexity", "num_tokens": "num_tokens"}
+    return {own[name]: value for name, value in metrics.items() if name in own}
 
 
 def _origin(student: Checkpoint, teacher: Checkpoint | CachedTeacher) -> StudentOrigin | None:

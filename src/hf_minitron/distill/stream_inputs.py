@@ -14,6 +14,9 @@ from hf_minitron.row_stream import RowStream
 if TYPE_CHECKING:
     from hf_minitron.distill.inputs import DistillArguments
 
+# Told in the lineage by the stream's own facts.
+STREAM_OPTIONS = ("dataset_mix", "streaming", "shuffle_buffer", "dataset_epochs", "stopping")
+
 
 def stream_sources(arguments: DistillArguments, config: DistillationConfig) -> list[MixSource] | None:
     """The sources of a stream, checked but not opened; None if rows are to be packed before training."""

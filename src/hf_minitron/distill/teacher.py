@@ -66,31 +66,49 @@ class Teacher(Protocol):
 
 
 class LiveTeacher:
-    """A model that runs on every batch: frozen, in eval mode, on ``device`` unless it is spread over several."""
+    """A model that runs on every batch: in eval mode, on ``device`` unless it is spread over several.
+
+    It is frozen, unless it is corrected meanwhile.
+    """
 
     needs_row_keys = False
     knows_labels = True
 
-    def __init__(self, model: PreTrainedModel, device: torch.device, accelerator: Accelerator | None = None) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device,
+        accelerator: Accelerator | None = None,
+        frozen: bool = True,
+    ) -> None:
         if model.get_output_embeddings().weight.is_meta:
             raise ValueError(
                 "The device map offloads the teacher's head, which every step reads: give it a device, "
                 'such as device_map={"lm_head": 0, ...}.'
             )
-        self.device, self.model = device, model
+        self.device, self.model = device, model.eval()
+        if frozen:
+            model.requires_grad_(False)
         self._wrapped = prepare_teacher(model, accelerator, device)
 
     @torch.no_grad()
     def targets(self, inputs: Mapping[str, Tensor], row_keys: Tensor | None = None) -> HeadTargets:
         """Runs the backbone; no logits are made."""
-        head = self.model.get_output_embeddings()
-        bias = getattr(head, "bias", None)
+        return self.as_targets(self.hidden(inputs))
+
+    def hidden(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """The states that the head reads, [tokens, hidden]."""
 
         def forward(**inputs: Tensor) -> Tensor:
             return last_hidden(self.model, inputs)
 
         with redirected_forward(self.model, forward):  # through its wrapper, which gathers sharded layers one by one
-            hidden = self._wrapped(**inputs).to(self.device)
+            return self._wrapped(**inputs).to(self.device)
+
+    def as_targets(self, hidden: Tensor) -> HeadTargets:
+        """What the student compares itself with."""
+        head = self.model.get_output_embeddings()
+        bias = getattr(head, "bias", None)
         bias = None if bias is None else bias.to(self.device)
         return HeadTargets(hidden, head.weight, bias, get_logit_transform(self.model.config))
 

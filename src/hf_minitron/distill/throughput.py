@@ -16,17 +16,15 @@ class Throughput:
 
     A step takes 6·N FLOPs per token for a student of N parameters (2·N forward, 4·N backward) and 2·N for a teacher,
     heads included, input embeddings (look-ups) and attention scores not; recomputed activations do not count, as in
-    PaLM (arXiv 2204.02311, appendix B). A student with frozen weights, such as with LoRA, gets 4·N and 2·N for what
-    trains. Tokens are targets: padding and the first token of a row are no use.
+    PaLM (arXiv 2204.02311, appendix B). A model with frozen weights, such as with LoRA, gets 4·N and 2·N for what
+    trains; so does a teacher that is corrected meanwhile. Tokens are targets: padding and the first token of a row are
+    no use.
     """
 
     def __init__(
         self, student: PreTrainedModel, teacher: PreTrainedModel | None, device: torch.device, processes: int
     ) -> None:
-        trained = count_matrix_parameters(student, trained=True)
-        self.flops_per_token = 4 * count_matrix_parameters(student) + 2 * trained
-        if teacher is not None:  # a cached one does not run
-            self.flops_per_token += 2 * count_matrix_parameters(teacher)
+        self.flops_per_token = sum(_flops_per_token(model) for model in (student, teacher) if model is not None)
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
         peak = peak_flops(gpu)
         self.peak = None if peak is None else peak * processes
@@ -48,6 +46,13 @@ class Throughput:
         return {"tokens_per_second": speed} | known
 
 
+def _flops_per_token(model: PreTrainedModel) -> int:
+    trained = count_matrix_parameters(model, trained=True)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        return 2 * count_matrix_parameters(model)
+    return 4 * count_matrix_parameters(model) + 2 * trained
+
+
 def count_matrix_parameters(model: PreTrainedModel, trained: bool = False) -> int:
     """Parameters that a token is multiplied with: all but input embeddings, unless those are the head too.
 
@@ -57,6 +62,11 @@ def count_matrix_parameters(model: PreTrainedModel, trained: bool = False) -> in
     skipped = {id(p) for p in embeddings.parameters()} - {id(p) for p in head.parameters()}
     parameters = (p for p in model.parameters() if id(p) not in skipped and (p.requires_grad or not trained))
     return sum(_numel(p) for p in parameters)
+
+
+def count_trained(model: nn.Module) -> int:
+    """Parameters that require a gradient; sharded ones count whole."""
+    return sum(_numel(parameter) for parameter in model.parameters() if parameter.requires_grad)
 
 
 def _numel(parameter: nn.Parameter) -> int:
