@@ -156,6 +156,7 @@ def test_a_reward_model_says_the_same_in_batches_and_alone(reward_model, tiny_to
     scorer = RewardModel(str(reward_model), dtype=torch.float32)
     exchanges = [Exchange("the quick ", "brown fox"), Exchange("a ", "dog"), Exchange("again ", "and again " * 60)]
     together = scorer(exchanges)
+    scorer.unload()
     assert together == pytest.approx([scorer([exchange])[0] for exchange in exchanges], abs=1e-6)
     model = LlamaForSequenceClassification.from_pretrained(reward_model)
     ids = tiny_tokenizer("the quick brown fox", return_tensors="pt")["input_ids"]

@@ -133,14 +133,14 @@ class _Round:
         rows = train.rows if self.arguments.num_samples is None else self._sample(source, train.rows)
         config = copy.copy(self.config)  # another made anew would set up the process's devices anew
         config.output_dir, config.eval_on_start = str(self.folder), held_out is not None
-        resume = self.config.resume_from_checkpoint
-        resume = last_whole_checkpoint(self.folder) if resume is None or wants_last(resume) else resume
         logger.info("Round %d of %d.", self.number, self.arguments.rounds)
         # accelerate takes the settings of an engine once, and every round has a Trainer of its own.
         AcceleratorState._reset_state()
         GradientState._reset_state()
+        if isinstance(self.scorer, RewardModel):
+            self.scorer.unload()
         trainer = self._make_trainer(source, config, rows, held_out)
-        report = train_and_measure(trainer, self.folder, resume)
+        report = train_and_measure(trainer, self.folder, last_whole_checkpoint(self.folder))
         stage.inputs = {"source": source.source, "reference": source.source}
         if isinstance(self.scorer, RewardModel):
             stage.inputs["reward_model"] = self.scorer.checkpoint.source

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import release_memory
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_minitron.checkpoint import Checkpoint
@@ -95,6 +96,11 @@ class RewardModel:
         ids = [self._tokenize(exchange)[-self.max_length :] for exchange in exchanges]
         batch = self._tokenizer.pad({"input_ids": ids}, return_tensors="pt", padding_side="right")
         return self._model(**batch.to(self._model.device)).logits[:, 0].float().tolist()
+
+    def unload(self) -> None:
+        """Gives the model's memory back; the next exchange loads it again."""
+        self.__dict__.pop("_model", None)
+        release_memory()
 
     @cached_property
     def name(self) -> str:
