@@ -16,6 +16,7 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,7 @@ def main() -> None:
     if not SHARED.is_dir():
         print(f"skipped: {SHARED} is not there", file=sys.stderr)
         return
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, redirect_stdout(sys.stderr):  # where the Trainer prints its logs
         start = time.process_time()
         data = write_data(SHARED, Path(folder), options.train_rows, options.held_out_rows)
         rows = fine_tunings(options, data, Path(folder))

@@ -166,7 +166,8 @@ def test_rewards_come_from_a_model_and_are_asked_for_once(tmp_path, arguments, r
 
 
 def test_constant_rewards_are_one_and_zero(tmp_path, arguments):
-    report = align_checkpoint(arguments(constant_rewards=True, rounds=1), settings(tmp_path / "out", max_steps=1))
+    config = settings(tmp_path / "out", max_steps=1, chosen_reward_column="mine")  # which the rewards are not read from
+    report = align_checkpoint(arguments(constant_rewards=True, rounds=1), config)
     assert report.rounds[0]["metrics"]["before"]["rewards/target_margins"] == 1
     assert report.rounds[0]["settings"]["constant_rewards"] is True
 

@@ -104,6 +104,11 @@ class RPOArguments(DataArguments):
                 raise ValueError("num_samples without a judge of what is sampled: give --reward-model or "
                                  "--reward-endpoint.")  # fmt: skip
 
+    @property
+    def judged(self) -> bool:
+        """Whether rewards are made here, not read from the data."""
+        return bool(self.constant_rewards or self.reward_model or self.reward_endpoint)
+
 
 def bf16_unless_cpu(config: TRLConfig) -> None:
     """TRL computes in bfloat16 unless told otherwise; on a CPU that is slow, or not the same everywhere: not there."""

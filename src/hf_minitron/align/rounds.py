@@ -99,7 +99,6 @@ def check_data(
     """Raises ValueError for columns that are not there and conversations that cannot be written."""
     tokenizer = AutoTokenizer.from_pretrained(source.folder)
     rewards = (config.chosen_reward_column, config.rejected_reward_column)
-    labels = not (arguments.constant_rewards or arguments.reward_model or arguments.reward_endpoint)
     for name, records in (("dataset", train), ("eval_dataset", held_out)):
         if records is None:
             continue
@@ -109,7 +108,7 @@ def check_data(
                 f"{name} has the columns {', '.join(records.rows.column_names)}, without {' and '.join(missing)}. Name "
                 "them so, or sample responses to its prompts by --num-samples and a reward model."
             )
-        if labels:
+        if not arguments.judged:
             name_rewards(records.rows, rewards, name)
         check_chat_template(tokenizer, None, is_conversational(records.rows[0]))
 
@@ -174,7 +173,7 @@ class _Round:
         self, source: Checkpoint, config: RPOConfig, rows: Dataset, held_out: Records | None
     ) -> RPOTrainer:
         model = load_to_train(source, config.trust_remote_code)
-        if self.arguments.num_samples is not None:  # columns of the data do not name those of sampled pairs
+        if self.arguments.judged:  # then what the options say of the data's columns is about others
             config.chosen_reward_column, config.rejected_reward_column = "chosen_reward", "rejected_reward"
         # TRL takes the model without adapters as reference when it adds them itself.
         adapters = None if self.lora.lora_r is None else adapter_config(model, self.lora)
@@ -216,7 +215,7 @@ def _find_scorer(arguments: RPOArguments) -> Scorer | None:
 
 def _labelled(records: Records, arguments: RPOArguments, scorer: Scorer | None, cache_dir: Path) -> Records:
     """Rewards by the judge that was named; those of the data where none is."""
-    if scorer is None and not arguments.constant_rewards:
+    if not arguments.judged:
         return records
     with whole_models(), PartialState().main_process_first():  # the other processes find the rewards on disk
         rows = label_rewards(records.rows, scorer, batch_size=arguments.reward_batch_size, cache_dir=cache_dir)
