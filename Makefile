@@ -1,7 +1,7 @@
 # hf-minitron: `make` alone lists what there is. Only Python (3.11 or newer) and make are needed.
 #
 #   PYTHON           the interpreter that builds .venv           make setup PYTHON=python3.12
-#   ARGS             passed on to the program behind a target    make test ARGS="-k trim -x"
+#   ARGS             passed on to the program behind a target    make test ARGS="-k trim -x -n 0"
 #   TORCH_INDEX_URL  package index to look for torch in, besides pip's own. On Linux without an NVIDIA driver it is
 #                    PyTorch's index of CPU builds, if that answers: elsewhere plain torch comes with gigabytes of
 #                    CUDA libraries. TORCH_INDEX_URL= turns it off.
@@ -30,7 +30,7 @@ quickstart: .venv/.setup ## Prune, distil and measure the embedded model: the ma
 	$(BIN)/python recipes/quickstart/quickstart.py $(ARGS)
 
 test: .venv/.extras ## Run the tests, with the extras that some of them need
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: .venv/.setup ## Check style, formatting and installed versions; changes nothing
 	$(BIN)/ruff check .

@@ -1,250 +1,165 @@
 """Claim: refit starts much closer to the teacher than plain Minitron, and the lead lasts; how much, and how long?
 
-Measures  held-out loss after pruning and along a short distillation, for Minitron's slices and for refit in both modes,
-          each at the best of the same four learning rates; by width, and with --drop-layers by depth. Also the time of
-          refit by the scoring forward pass on the same rows, and the steps that a method needs to reach Minitron's
-          final loss, as a share of Minitron's. Means over data seeds.
+Measures  held-out loss after pruning and along a distillation, for Minitron's slices and for refit, each at the best
+          of the same four learning rates, by width and by depth; the tokens that refit needs for Minitron's final
+          loss, along its one curve and by runs of its own that are short (--shorter); the time of refit in scoring
+          passes. The rate of each method is chosen on seed 0, at the full number of steps, and used for other seeds.
 Data      the quickstart's teacher on the standard library's source; with --models also the two story models and the
-          stories in ../shared/data, where they are there.
-Command   python benchmarks/refit.py [--models quickstart 260k 656k] [--removed 25 50 66] [--seeds N] [--steps N] ...
-          The full run: --models quickstart 260k 656k --removed 25 50 66 --seeds 3 --steps 600
+          stories in ../shared/data, where they are there. Calibration, training and held-out rows are apart.
+Resuming  each finished arm (model, target, method, seed, rate, steps) is a line of --results; what is there is not
+          measured again. Without --results nothing is kept. --report measures nothing: it prints the tables of
+          --results (default: the committed ones), and with --plot-dir draws the curves.
+Command   python benchmarks/refit.py [--models quickstart 260k 656k] [--targets "width 50" "without 2+3"] ...
+          The full run is benchmarks/refit.sh; it takes hours on one core and goes on where it stopped.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from statistics import mean
 from typing import Any
 
-import torch
 from _measuring import describe_machine
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from _refit_arms import METHODS, SUBJECTS, Bench
+from _refit_cost import measure_cost, report_cost
+from _refit_report import best_rate, plot, report
 from transformers.utils import logging as transformers_logging
 
-from hf_minitron.data import load_text, pack_rows
-from hf_minitron.distill.kd_head import fused_linear_kd
-from hf_minitron.prune.importance import score_model
-from hf_minitron.prune.pruner import PrunerForCausalLM
-from hf_minitron.prune.target import PruneConfig
-from hf_minitron.publish.tables import markdown_table
-
-ROOT = Path(__file__).resolve().parents[1]
-QUICKSTART = ROOT / "recipes" / "quickstart"
-SHARED = ROOT.parent / "shared" / "data"
-STORIES = SHARED / "text" / "tinystories"
-ROW_LENGTH = 256
-LEARNING_RATES = (2.5e-4, 5e-4, 1e-3, 2e-3)
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A teacher and, by per cent of its parameters removed, hidden_size and intermediate_size."""
-
-    folder: Path
-    widths: dict[int, tuple[int, int]]
-
-
-SUBJECTS = {
-    "quickstart": Subject(QUICKSTART / "teacher", {25: (216, 448), 50: (168, 320), 66: (128, 224)}),
-    "260k": Subject(SHARED / "models" / "stories260k-hf", {25: (56, 132), 50: (48, 84), 66: (32, 88)}),
-    "656k": Subject(SHARED / "models" / "tinystories-656k", {25: (104, 320), 50: (80, 200), 66: (56, 160)}),
-}
-METHODS = {
-    "minitron": {"method": "minitron"},
-    "refit": {"method": "refit"},
-    "refit, sequential": {"method": "refit", "refit_mode": "sequential"},
-}
+COMMITTED = Path(__file__).with_suffix(".jsonl")
+KEYS = ("model", "target", "method", "seed", "rate", "steps")
+SETTINGS = ("rows_per_step", "calibration_rows", "eval_rows")
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Measures what is missing and prints, or only prints."""
     options = parse_options()
     transformers_logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as folder:
-        found = [line for name in options.models for line in measure_subject(name, options, Path(folder))]
-    facts = {"settings": vars(options), "machine": describe_machine(), "found": found}
-    print(json.dumps(facts, indent=2) if options.json else report(found))
+    if options.cost:
+        with tempfile.TemporaryDirectory() as folder:
+            benches = [
+                Bench(model, 0, Path(folder), options.calibration_rows, options.eval_rows) for model in options.models
+            ]
+            costs = [measure_cost(bench, options.targets[0]) for bench in benches]
+        print(json.dumps(costs, indent=2) if options.json else report_cost(costs))
+        return
+    if options.report:
+        arms = load(options.results or COMMITTED)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            results = options.results or Path(folder) / "arms.jsonl"
+            asked = measure(options, results, Path(folder))
+            arms = asked if options.json else load(results)
+    if options.plot_dir:
+        plot(arms, options.plot_dir)
+    facts = {"settings": vars(options), "machine": describe_machine(), "arms": arms}
+    print(json.dumps(facts, indent=2, default=str) if options.json else report(arms))
 
 
 def parse_options() -> argparse.Namespace:
     """Which models, how much is removed, how long training is."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", default=["quickstart"], choices=list(SUBJECTS))
-    parser.add_argument("--removed", nargs="*", type=int, default=[50], choices=[25, 50, 66], help="per cent, by width")
-    parser.add_argument("--drop-layers", nargs="*", type=int, default=[], help="drop each of these layers on its own")
+    parser.add_argument("--targets", nargs="+", default=["width 50"], help="'width PERCENT' or 'without LAYER+LAYER'")
     parser.add_argument("--methods", nargs="+", default=["minitron", "refit"], choices=list(METHODS))
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--steps", type=int, default=60, help="0: only after pruning")
-    parser.add_argument("--eval-every", type=int, default=20)
+    parser.add_argument("--shorter", nargs="*", type=int, default=[], help="also runs of refit over so many steps")
+    parser.add_argument("--rates-of-steps", type=int, help="take each method's best rate found with so many steps")
     parser.add_argument("--rows-per-step", type=int, default=4)
     parser.add_argument("--calibration-rows", type=int, default=128)
     parser.add_argument("--eval-rows", type=int, default=32)
+    parser.add_argument("--results", type=Path, help="file of arms, read and appended to")
+    parser.add_argument("--cost", action="store_true", help="instead of all else, what each part of a refit costs")
+    parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--plot-dir", type=Path, help="folder for the curves, as PNG")
     parser.add_argument("--json", action="store_true")
     return parser.parse_args()
 
 
-def measure_subject(name: str, options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
-    """A record for every target, method and seed: loss after pruning, and the curve of every learning rate."""
-    subject = SUBJECTS[name]
-    if not subject.folder.is_dir():
-        print(f"skipped: {subject.folder} is not there", file=sys.stderr)
-        return
-    texts = find_texts(name, folder)
-    tokenizer = AutoTokenizer.from_pretrained(subject.folder)
-    teacher = AutoModelForCausalLM.from_pretrained(subject.folder, dtype=torch.float32).eval()
-    held_out = torch.tensor(read_rows(texts["held_out"], tokenizer, options.eval_rows, None))
-    reference = loss_of(teacher, held_out)
-    for seed in range(options.seeds):
-        rows = read_rows(texts["train"], tokenizer, options.calibration_rows, seed)
-        training = torch.tensor(
-            read_rows(texts["train"], tokenizer, max(1, options.steps) * options.rows_per_step, seed + 100)
-        )
-        pruner = PrunerForCausalLM(teacher)
-        start = time.process_time()
-        pruner.scores = score_model(teacher, rows, progress=False)
-        scoring = time.process_time() - start
-        for target, sizes in targets(subject, options):
-            for method in options.methods:
-                start = time.process_time()
-                student = pruner.prune(PruneConfig(**sizes, **METHODS[method]), rows, progress=False)
-                seconds = time.process_time() - start
-                pruned = loss_of(student, held_out)
-                curves = {
-                    rate: distil(student, teacher, training, held_out, rate, options)
-                    if options.steps
-                    else [(0, pruned)]
-                    for rate in (LEARNING_RATES if options.steps else (0.0,))
-                }
-                record = {
-                    "model": name,
-                    "target": target,
-                    "method": method,
-                    "seed": seed,
-                    "removed": 1 - student.num_parameters() / teacher.num_parameters(),
-                    "teacher": reference,
-                    "pruned": pruned,
-                    "cost": seconds / scoring,
-                    "curves": curves,
-                    "fell_back": bool(pruner.planned.info.get("fell_back", False)),
-                }
-                finals = {rate: round(curve[-1][1], 3) for rate, curve in curves.items()}
-                print(f"{name} {target} {method} seed {seed}: {pruned:.3f} {finals}", file=sys.stderr, flush=True)
-                yield record
+def load(results: Path) -> list[dict[str, Any]]:
+    """Arms measured so far; a last line that was cut off is left out."""
+    if not results.exists():
+        return []
+    lines = results.read_text(encoding="utf-8").split("\n")
+    return [json.loads(line) for line in lines[:-1]]
 
 
-def targets(subject: Subject, options: argparse.Namespace) -> Iterator[tuple[str, dict[str, Any]]]:
-    for removed in options.removed:
-        hidden, ffn = subject.widths[removed]
-        yield f"width −{removed} %", {"hidden_size": hidden, "intermediate_size": ffn}
-    for layer in options.drop_layers:
-        yield f"without layer {layer}", {"drop_layers": [layer]}
+def measure(options: argparse.Namespace, results: Path, folder: Path) -> list[dict[str, Any]]:
+    """Every arm that ``options`` asks for, those of ``results`` as they are."""
+    asked = []
+    for model in options.models:
+        if not SUBJECTS[model].folder.is_dir():
+            print(f"skipped: {SUBJECTS[model].folder} is not there", file=sys.stderr)
+            continue
+        for seed in options.seeds:
+            asked += measure_seed(model, seed, options, results, folder / model)
+    return asked
 
 
-def find_texts(name: str, folder: Path) -> dict[str, Path]:
-    if name != "quickstart":
-        return {"train": STORIES / "train_5000.jsonl", "held_out": STORIES / "stories_3000.json"}
-    sys.path.insert(0, str(QUICKSTART))
-    from stdlib_corpus import write_corpus
-
-    return write_corpus(folder)
-
-
-def read_rows(text: Path, tokenizer: Any, count: int, seed: int | None) -> list[list[int]]:
-    return pack_rows(load_text(text), tokenizer, ROW_LENGTH, max_rows=count, seed=seed)["input_ids"]
-
-
-@torch.no_grad()
-def loss_of(model: PreTrainedModel, rows: torch.Tensor) -> float:
-    """Mean next-token loss in nats."""
-    model.eval()
-    return mean(model(input_ids=row[None], labels=row[None]).loss.item() for row in rows)
-
-
-def distil(
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    training: torch.Tensor,
-    held_out: torch.Tensor,
-    learning_rate: float,
-    options: argparse.Namespace,
-) -> list[tuple[int, float]]:
-    """(step, held-out loss) along a distillation by forward KL: AdamW, cosine, a tenth of the steps to warm up."""
-    student = copy.deepcopy(student).train()
-    optimizer = torch.optim.AdamW(student.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
-    warmup = torch.optim.lr_scheduler.LinearLR(optimizer, 0.1, total_iters=max(1, options.steps // 10))
-    cosine = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, options.steps)
-    curve = [(0, loss_of(student, held_out))]
-    for step, batch in enumerate(training.split(options.rows_per_step), start=1):
-        student.train()
-        with torch.no_grad():
-            known = teacher.model(input_ids=batch).last_hidden_state.flatten(0, 1)
-        states = student.model(input_ids=batch).last_hidden_state.flatten(0, 1)
-        weights = torch.ones(len(states))
-        found = fused_linear_kd(states, student.lm_head.weight, known, teacher.lm_head.weight, weights)
-        (found.loss / len(states)).backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        warmup.step()
-        cosine.step()
-        if step % options.eval_every == 0 or step == options.steps:
-            curve.append((step, loss_of(student, held_out)))
-    return curve
+def measure_seed(
+    model: str, seed: int, options: argparse.Namespace, results: Path, folder: Path
+) -> Iterator[dict[str, Any]]:
+    """The arms of one teacher and one seed of its data, which are opened when the first missing arm needs them."""
+    bench: Bench | None = None
+    for target in options.targets:
+        for method in options.methods:
+            student = None
+            for steps in (options.steps, *(options.shorter if method != "minitron" else ())):
+                for rate in rates(model, target, method, seed, steps, options, results):
+                    key = dict(zip(KEYS, (model, target, method, seed, rate, steps), strict=True))
+                    key |= {name: getattr(options, name) for name in SETTINGS}
+                    found = next((arm for arm in load(results) if key.items() <= arm.items()), None)
+                    if found is None:
+                        folder.mkdir(exist_ok=True)
+                        held = options.calibration_rows, options.eval_rows
+                        bench = bench or Bench(model, seed, folder, *held)
+                        if student is None:
+                            student, facts = bench.prune(target, method)
+                        found = key | facts | run(bench, student, key, facts["pruned"])
+                        append(results, found)
+                    yield found
 
 
-def report(found: list[dict[str, Any]]) -> str:
-    """One line per model, target and method; the curve is that of the learning rate with the best final loss."""
-    header = ("model", "target", "method", "removed", "teacher", "pruned", "gap / plain's", "best rate")
-    rows = []
-    for model, target in dict.fromkeys((record["model"], record["target"]) for record in found):
-        group = [record for record in found if (record["model"], record["target"]) == (model, target)]
-        plain = [record for record in group if record["method"] == "minitron"]
-        for method in dict.fromkeys(record["method"] for record in group):
-            own = [record for record in group if record["method"] == method]
-            rate = best_rate(own)
-            rows.append((model, target, method, *line(own, plain, rate)))
-    return markdown_table((*header, "distilled", "steps to plain's final loss", "time / scoring"), rows)
+def rates(
+    model: str, target: str, method: str, seed: int, steps: int, options: argparse.Namespace, results: Path
+) -> tuple[float, ...]:
+    """All rates on seed 0; on others the one that is best there. No training: none."""
+    if steps == 0:
+        return (0.0,)
+    chosen_at = options.rates_of_steps or (steps if seed != 0 else None)
+    if chosen_at is None:
+        return SUBJECTS[model].rates
+    key = {"model": model, "target": target, "method": method, "seed": 0, "steps": chosen_at}
+    return (best_rate([arm for arm in load(results) if key.items() <= arm.items()]),)
 
 
-def line(own: list[dict[str, Any]], plain: list[dict[str, Any]], rate: float) -> tuple[str, ...]:
-    gap = mean(record["pruned"] - record["teacher"] for record in own)
-    plain_gap = mean(record["pruned"] - record["teacher"] for record in plain) if plain else float("nan")
-    ratios = [share_of_steps(record["curves"][rate], final_loss(plain, record["seed"])) for record in own if plain]
-    reached = [f"{ratio:.2f}" if ratio is not None else "not reached" for ratio in ratios]
-    cost = mean(record["cost"] for record in own)
-    return (
-        f"{100 * own[0]['removed']:.0f} %",
-        f"{own[0]['teacher']:.3f}",
-        f"{mean(record['pruned'] for record in own):.3f}",
-        f"{gap / plain_gap:.2f}",
-        f"{rate:g}",
-        f"{mean(record['curves'][rate][-1][1] for record in own):.3f}",
-        ", ".join(reached),
-        "" if own[0]["method"] == "minitron" else f"{cost:.1f}",
-    )
+def run(bench: Bench, student: Any, key: dict[str, Any], pruned: float) -> dict[str, Any]:
+    start = time.process_time()
+    points = evaluation_points(key["steps"])
+    curve = bench.distil(student, key["rate"], key["steps"], key["rows_per_step"], points) if key["steps"] else []
+    final = curve[-1][1] if curve else pruned
+    words = f"{key['model']}, {key['target']}, {key['method']}, seed {key['seed']}, {key['steps']} steps at"
+    print(f"{words} {key['rate']:g}: {pruned:.3f} to {final:.3f}", file=sys.stderr, flush=True)
+    return {"curve": [(0, pruned), *curve], "distil_seconds": time.process_time() - start}
 
 
-def best_rate(records: list[dict[str, Any]]) -> float:
-    return min(records[0]["curves"], key=lambda rate: mean(record["curves"][rate][-1][1] for record in records))
+def evaluation_points(steps: int) -> list[int]:
+    """Steps at which the loss is taken: each about 1.3 times as far as the one before, and the last."""
+    points, step = {steps}, 2.0
+    while step < steps:
+        points.add(round(step))
+        step = max(step * 1.3, step + 1)
+    return sorted(points)
 
 
-def final_loss(plain: list[dict[str, Any]], seed: int) -> float:
-    rate = best_rate(plain)
-    return next(record["curves"][rate][-1][1] for record in plain if record["seed"] == seed)
-
-
-def share_of_steps(curve: list[tuple[int, float]], wanted: float) -> float | None:
-    """The first evaluated step at which the loss is reached, as a share of all steps."""
-    steps = max(curve[-1][0], 1)
-    return next((step / steps for step, loss in curve if loss <= wanted), None)
+def append(results: Path, arm: dict[str, Any]) -> None:
+    with results.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(arm) + "\n")
 
 
 if __name__ == "__main__":

@@ -189,6 +189,7 @@ COMMANDS = {
         ),
         "prune.stage.prune_checkpoint",
         reports.report_prune,
+        plot=reports.plot_prune,
     ),
     "shift": Command(
         "Compare the distillation data with what the teacher knows, before tokens are spent.",

@@ -88,8 +88,13 @@ def peak_flops(gpu: str) -> float | None:
 
 def versions() -> dict[str, str]:
     """Versions of Python and of the installed packages that a result may depend on; nothing is imported."""
-    found = {"python": platform.python_version()}
-    for package in PACKAGES:
+    return {"python": platform.python_version(), **_package_versions(PACKAGES)}
+
+
+@cache
+def _package_versions(packages: tuple[str, ...]) -> dict[str, str]:
+    found = {}
+    for package in packages:
         try:
             found[package] = version(package)
         except PackageNotFoundError:

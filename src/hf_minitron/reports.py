@@ -42,10 +42,20 @@ def report_prune(report: Any, model: Any, calibration: Any, prune: Any, output: 
     layers = ""
     if len(report.kept_layers) < report.source_sizes["num_hidden_layers"]:
         layers = f"\n\nKept layers: {', '.join(map(str, report.kept_layers))}"
+    wrote = [path for path in (output.output_dir, output.plot_dir) if path is not None]
     return (
-        f"{table}{layers}\n\nWrote {output.output_dir}\nNext: hf-minitron distill {output.output_dir} --teacher-model "
-        f"{model.model} --dataset DATA --output-dir DIR"
+        f"{table}{layers}\n\nWrote {' and '.join(wrote)}\nNext: hf-minitron distill {output.output_dir} "
+        f"--teacher-model {model.model} --dataset DATA --output-dir DIR"
     )
+
+
+def plot_prune(report: Any, model: Any, calibration: Any, prune: Any, output: Any, task: Any) -> None:
+    """Writes the pictures of a refit, if asked to, from the lineage."""
+    if output.plot_dir is not None:
+        from hf_minitron.lineage import read_lineage
+        from hf_minitron.publish.refit_plots import plot_refit
+
+        plot_refit(output.plot_dir, read_lineage(output.output_dir)[-1]["settings"])
 
 
 def report_scores(scores: Any, model: Any, calibration: Any, output: Any, scan: Any, task: Any) -> str:

@@ -15,7 +15,7 @@ import pytest
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
     "alignment": "--train-rows 20 --held-out-rows 4 --sft-steps 1 --rpo-steps 1 --rows-per-step 2",
-    "refit": "--steps 2 --eval-every 1 --rows-per-step 1 --calibration-rows 9 --eval-rows 1 --removed 66",
+    "refit": "--steps 2 --rows-per-step 1 --calibration-rows 9 --eval-rows 1",
     "scoring": "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4 "
     "--num-key-value-heads 2 --vocab-size 61 --rows 5 --tokens 16 --batch-size 2 --repeats 2",
     "kd_head": "--tokens 1024 --vocab 4096 --hidden-student 32 --hidden-teacher 48 --repeats 2 "
@@ -48,13 +48,53 @@ def test_every_benchmark_is_run_here():
     assert {path.stem for path in BENCHMARKS.glob("[!_]*.py")} == set(TINY)
 
 
-def test_refit():
-    facts = json.loads(run("refit", "--json"))
-    assert [record["method"] for record in facts["found"]] == ["minitron", "refit"]
-    for record in facts["found"]:
-        assert record["removed"] == pytest.approx(0.66, abs=0.02)
-        curves = record["curves"].values()
-        assert all(len(curve) == 3 and curve[0] == [0, pytest.approx(record["pruned"], rel=1e-4)] for curve in curves)
+def test_refit(tmp_path):
+    words = ("--targets", "width 66", "--shorter", "1", "--results", str(tmp_path / "arms.jsonl"))
+    arms = json.loads(run("refit", "--json", *words))["arms"]
+    expected = [("minitron", 2)] * 4 + [("refit", 2)] * 4 + [("refit", 1)] * 4
+    assert [(arm["method"], arm["steps"]) for arm in arms] == expected
+    for arm in arms:
+        assert arm["removed"] == pytest.approx(0.66, abs=0.02)
+        assert [step for step, _ in arm["curve"]] == [0, arm["steps"]]
+        assert arm["curve"][0][1] == arm["pruned"] > arm["teacher"]
+    assert len({arm["rate"] for arm in arms}) == 4
+    lines = (tmp_path / "arms.jsonl").read_text()
+    assert json.loads(run("refit", "--json", *words))["arms"] == arms  # nothing is measured again
+    assert (tmp_path / "arms.jsonl").read_text() == lines
+    table = run("refit", "--report", "--results", str(tmp_path / "arms.jsonl"), "--plot-dir", str(tmp_path / "plots"))
+    assert "| quickstart | width 66 |" in table
+    assert [path.name for path in (tmp_path / "plots").iterdir()] == ["quickstart-width-66-2.png"]
+
+
+@pytest.fixture
+def refit_report(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import _refit_report
+
+    return _refit_report
+
+
+def test_the_best_rate_is_chosen_on_seed_0(refit_report):
+    arms = [
+        {"seed": 0, "rate": 1.0, "curve": [(0, 5.0), (2, 3.0)]},
+        {"seed": 0, "rate": 2.0, "curve": [(0, 5.0), (2, 2.0)]},
+        {"seed": 1, "rate": 1.0, "curve": [(0, 5.0), (2, 1.0)]},
+    ]
+    assert refit_report.best_rate(arms) == 2.0
+    with pytest.raises(ValueError, match="measure seed 0 first"):
+        refit_report.best_rate(arms[2:])
+
+
+@pytest.mark.parametrize(("wanted", "share"), [(4.0, 0.0), (2.0, 0.25), (1.0, 0.5), (0.25, 1.0), (0.1, None)])
+def test_where_a_curve_reaches_a_loss(refit_report, wanted, share):
+    curve = [(0, 3.0), (20, 1.0), (40, 0.25)]
+    assert refit_report.crossing(curve, wanted) == share
+
+
+def test_refit_costs_by_part():
+    (cost,) = json.loads(run("refit", "--json", "--cost", "--targets", "width 66"))
+    assert {"moments", "runs of layers", "solves", "last norm's gain"} < set(cost["seconds"])
+    assert all(map(math.isfinite, numbers(cost))) and cost["gflop"]["moments"] > 0
 
 
 @pytest.mark.skipif(not (BENCHMARKS.parents[1] / "shared" / "data").is_dir(), reason="../shared is not there")

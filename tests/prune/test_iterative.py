@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from hf_minitron.prune.importance import score_model
-from hf_minitron.prune.iterative import plan_iteratively, step_sizes
-from hf_minitron.prune.plan import compose_plans, make_plan
+from hf_minitron.prune.iterative import compose_plans, plan_iteratively, step_sizes
+from hf_minitron.prune.plan import make_plan
 from hf_minitron.prune.pruner import PrunerForCausalLM
 from hf_minitron.prune.target import PruneConfig, source_sizes, target_sizes
 

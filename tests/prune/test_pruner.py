@@ -449,7 +449,7 @@ def test_too_little_space_is_said_before_writing(build_model, tmp_path, monkeypa
 
 
 def test_scoring_says_when_it_widens(build_model, save_model, rows, caplog, monkeypatch):
-    monkeypatch.setattr(pruner_module, "fast_dtype", lambda device: torch.float32)
+    monkeypatch.setattr("hf_minitron.prune.source.fast_dtype", lambda device: torch.float32)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     pruner = PrunerForCausalLM.from_pretrained(save_model(build_model(dtype=torch.bfloat16)))
     with caplog.at_level(logging.INFO, logger="hf_minitron"):

@@ -110,6 +110,8 @@ def test_planted_zero_channels_go_where_channels_are_selected(build_model, rows,
 @pytest.mark.parametrize("biased", [False, True])
 def test_dead_neurons_go_without_loss(build_model, rows, logits, family_name, biased):
     source = build_model(family_name, **({"attention_bias": True, "mlp_bias": True} if biased else {}))
+    if biased and not any(name.endswith("_proj.bias") for name, _ in source.named_parameters()):
+        pytest.skip("the family has no biases")
     with torch.no_grad():
         for layer in layers_of(source):
             layer.mlp.down_proj.weight[:, ::2] = 0
@@ -134,32 +136,51 @@ def test_dead_heads_go_without_loss(build_model, rows, logits, family_of_heads, 
 
 
 def test_every_family_shrinks_everything(source, half_of, rows, logits):
-    config = half_of(source.config, method="refit", refit_mode="sequential", refit_without=["guard"])
+    config = half_of(
+        source.config, method="refit", refit_mode="sequential", refit_without=["guard"], drop_layers=[0, 2]
+    )
     found = PrunerForCausalLM(source).prune(config, rows.tolist(), progress=False)
-    assert found.config.hidden_size == 12
+    assert (found.config.hidden_size, found.config.num_hidden_layers) == (12, 1)
     assert type(found) is type(source)
     assert torch.isfinite(logits(found)).all()
     tied = source.config.tie_word_embeddings
     assert (found.get_output_embeddings().weight is found.get_input_embeddings().weight) is tied
 
 
-def test_refit_is_closer_to_the_source_than_slicing(build_model, logits):
-    model, rows = build_model("llama"), torch.randint(0, 61, (64, 16), generator=torch.Generator().manual_seed(2))
-    sizes, reference = {"hidden_size": 18, "intermediate_size": 32}, logits(model)
+@pytest.mark.parametrize(("family", "bound"), [("llama", 0.6), ("gemma2", 0.75)])
+def test_refit_is_closer_to_the_source_than_slicing(build_model, family, bound):
+    """On text that the model itself wrote, so that held-out losses mean something and the guards can be on."""
+    model = build_model(family)
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(2 if family == "llama" else 1)
+    torch.manual_seed(0)
+    starts = torch.arange(96)[:, None] % 58 + 3
+    rows = model.generate(starts, do_sample=True, top_k=0, max_new_tokens=15, min_new_tokens=15, pad_token_id=0)
+    probe, rows = rows[:16], rows[16:]
+    sizes = {"hidden_size": 18, "intermediate_size": 32}
     pruner = PrunerForCausalLM(model)
     pruner.score(rows.tolist(), progress=False)
-    sliced = pruner.prune(PruneConfig(**sizes))
-    errors = {"sliced": (logits(sliced) - reference).square().mean()}
+    sliced = divergence(model, pruner.prune(PruneConfig(**sizes)), probe)
     for mode in ("teacher_forced", "sequential"):
-        errors[mode] = (logits(prune(model, rows, sizes=sizes, mode=mode)[0]) - reference).square().mean()
-    assert errors["teacher_forced"] < 0.8 * errors["sliced"]
-    assert errors["sequential"] < 0.8 * errors["sliced"]
+        found = pruner.prune(PruneConfig(**sizes, method="refit", refit_mode=mode), rows.tolist(), progress=False)
+        info = pruner.planned.info
+        assert divergence(model, found, probe) < bound * sliced
+        assert "fell_back" not in info
+        assert info["held_out_loss"]["source"] < info["held_out_loss"]["refit"] < info["held_out_loss"]["sliced"]
+        assert info["final_gain"]["after"] < info["final_gain"]["before"]
+
+
+@torch.no_grad()
+def divergence(source, small, rows) -> float:
+    """Mean KL(source ‖ small) in nats."""
+    wanted, found = (model(input_ids=rows).logits.log_softmax(-1) for model in (source, small))
+    return (wanted.exp() * (wanted - found)).sum(-1).mean().item()
 
 
 @pytest.mark.parametrize("family", ["qwen3", "gemma2"])
 def test_batches_and_disk_change_nothing(build_model, half_of, rows, logits, family):
     model, results = build_model(family), []
-    for batch_size, memory in ((7, 8.0), (2, 0.0)):
+    for batch_size, memory in ((7, 8.0), (2, 9e-5)):  # 90 kB: hardly more than the moments take
         config = half_of(model.config, method="refit", refit_without=["guard"], stats_memory=memory)
         pruner = PrunerForCausalLM(model)
         found = pruner.prune(config, rows.tolist(), batch_size=batch_size, progress=False)
@@ -192,7 +213,7 @@ def test_dropped_layers_are_compensated(build_model, rows, logits):
     plain = PrunerForCausalLM(model).prune(PruneConfig(drop_layers=[1]))
     found, plan = prune(model, rows, sizes={"drop_layers": [1]})
     assert plan.kept_layers == [0, 2]
-    assert (logits(found) - reference).square().mean() < 0.9 * (logits(plain) - reference).square().mean()
+    assert (logits(found) - reference).square().mean() < 0.5 * (logits(plain) - reference).square().mean()
 
 
 def test_rank_deficiency_survives(build_model, half_of, family_name):

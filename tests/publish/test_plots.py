@@ -26,7 +26,7 @@ def colours(path):
 def figures(monkeypatch) -> dict[str, Figure]:
     """What would be saved, by file name, instead of saving it."""
     kept = {}
-    monkeypatch.setattr(plots, "_save", lambda figure, path: kept.setdefault(path.name, figure) and path)
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: kept.setdefault(path.name, figure) and path)
     return kept
 
 

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer, set_seed
 
 from hf_minitron.adapters import LoraArguments, add_adapters
 from hf_minitron.checkpoint import Checkpoint, check_output_dir
+from hf_minitron.distill.advice import log_advice
 from hf_minitron.distill.collator import isolating_collator
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import (
@@ -91,6 +92,8 @@ def distill_checkpoint(
     if lora.lora_r is not None:
         set_seed(config.seed)
         student_model = add_adapters(student_model, lora)
+    else:
+        log_advice(student.folder, config.learning_rate)
     trainer = DistillationTrainer(
         model=student_model,
         teacher_model=inputs.load_teacher() if corrects else inputs.teacher_model,

@@ -103,3 +103,7 @@ class PruneOutput:
         default=None, metadata={"help": "Where the model is put for scoring, as in transformers (auto, cpu, cuda)."}
     )
     overwrite: bool = field(default=False, metadata={"help": "Replace output_dir if it is not empty."})
+    plot_dir: str | None = field(
+        default=None,
+        metadata={"help": "Also draw how a refit went: the stream's spectrum and errors by layer, into this folder."},
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,26 @@ import torch
 from datasets import Dataset
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from hf_minitron.data import check_row_length, load_text, pack_rows
+from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, load_text, pack_rows
 
+WHICH_TEXT = ("config_name", "split", "text_column", "revision", "token")  # options of load_text that pick the text
 NUM_SAMPLES = 1024  # P1 2.2 and P2 both use 1024 random samples
+
+
+def read_calibration(
+    calibration: Any,
+    get_tokenizer: Callable[[], PreTrainedTokenizerBase],
+    config: PreTrainedConfig,
+    how_to_read: dict[str, Any],
+) -> tuple[list[list[int]], dict[str, Any]]:
+    """Rows of token ids from text or rows, and what the lineage says of them; rows need no tokenizer."""
+    described = {}
+    if is_text_source(calibration):
+        which = {key: how_to_read[key] for key in WHICH_TEXT if key in how_to_read}
+        described = {"calibration": describe_source(calibration, **which) | {"seed": how_to_read.get("seed", 0)}}
+        calibration = load_calibration(calibration, get_tokenizer(), config, **how_to_read)
+    rows = check_rows(calibration, config.vocab_size)
+    return rows, {"fingerprint": fingerprint_rows(Dataset.from_dict({"input_ids": rows})), **described}
 
 
 def load_calibration(

@@ -111,6 +111,14 @@ def check_neuron_signal(neuron_signal: str) -> None:
         )
 
 
+def check_scoring(axes: tuple[str, ...], aggregation: tuple[str, str], neuron_signal: str, batch_size: int) -> None:
+    """ValueError for settings of a scoring that are unknown."""
+    check_axes(axes)
+    check_aggregation(aggregation)
+    check_neuron_signal(neuron_signal)
+    check_batch_size(batch_size)
+
+
 def check_batch_size(batch_size: int) -> None:
     """At least one row per forward pass."""
     if batch_size < 1:

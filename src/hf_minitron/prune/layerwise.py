@@ -16,6 +16,7 @@ import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from hf_minitron.architectures import Family, get_family
 from hf_minitron.prune.replay import LayerReplay
@@ -31,7 +32,7 @@ class LayerwiseModel:
 
     def __init__(self, config: PreTrainedConfig, read: Read, device: str | torch.device = "cpu"):
         self.config, self.family, self._read, self.device = config, get_family(config), read, torch.device(device)
-        with init_empty_weights(include_buffers=False):
+        with init_empty_weights(include_buffers=False), no_init_weights():
             # A copy: from_config writes its dtype into the config that it is given.
             self.model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32).eval()
         self.model.requires_grad_(False)

@@ -170,26 +170,6 @@ def describe_combination(sizes: dict[str, int], source: dict[str, int]) -> str |
     )
 
 
-def compose_plans(first: PrunePlan, second: PrunePlan) -> PrunePlan:
-    """The plan that does at once what ``second`` does to the result of ``first``; its ``info`` is the second's."""
-    kept_layers = [first.kept_layers[i] for i in second.kept_layers]
-
-    def through(name: str) -> list[list[int]]:
-        before = getattr(first, name)
-        return [[before[i][j] for j in kept] for i, kept in zip(second.kept_layers, getattr(second, name), strict=True)]
-
-    return PrunePlan(
-        sizes=second.sizes,
-        source_sizes=first.source_sizes,
-        kept_layers=kept_layers,
-        kept_hidden=[first.kept_hidden[i] for i in second.kept_hidden],
-        kept_neurons=through("kept_neurons"),
-        kept_heads=through("kept_heads"),
-        kept_key_value_heads=through("kept_key_value_heads"),
-        info=second.info,
-    )
-
-
 def _keep_layers(
     prune: PruneConfig,
     source: dict[str, int],

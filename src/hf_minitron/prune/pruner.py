@@ -2,59 +2,31 @@
 
 from __future__ import annotations
 
-import copy
-import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset
-from transformers import (
-    AutoModelForCausalLM,
-    AutoTokenizer,
-    GenerationConfig,
-    PreTrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_minitron.architectures import get_family, get_head_dim
-from hf_minitron.checkpoint import (
-    PLAN_FILE,
-    Checkpoint,
-    ModelTensors,
-    TensorSource,
-    atomic_folder,
-    check_finite,
-    check_output_dir,
-    copy_companions,
-    read_config,
-    write_tensors,
-)
-from hf_minitron.data import describe_source, fingerprint_rows
-from hf_minitron.hardware import fast_dtype, parse_dtype
+from hf_minitron.architectures import get_head_dim
+from hf_minitron.checkpoint import PLAN_FILE, atomic_folder, check_output_dir, write_tensors
 from hf_minitron.lineage import Stage, append_stage
-from hf_minitron.prune.calibration import check_rows, is_text_source, load_calibration
+from hf_minitron.prune.calibration import read_calibration
 from hf_minitron.prune.depth import check_num_dropped, check_scan_metric
-from hf_minitron.prune.importance import (
-    check_aggregation,
-    check_axes,
-    check_batch_size,
-    check_neuron_signal,
-    score_model,
-)
+from hf_minitron.prune.importance import check_batch_size, check_scoring, score_model
 from hf_minitron.prune.multiple_choice import load_questions
-from hf_minitron.prune.plan import SIZE_OF, PrunePlan, make_plan, plan_depth
-from hf_minitron.prune.refit import Refitted, refit
+from hf_minitron.prune.plan import PrunePlan, make_plan, plan_depth
+from hf_minitron.prune.refit import refit
+from hf_minitron.prune.refit_judge import Refitted, plan_of_slicing
 from hf_minitron.prune.scan import scan_questions, scan_rows
 from hf_minitron.prune.scores import AXES, ImportanceScores
+from hf_minitron.prune.source import PruningSource
 from hf_minitron.prune.target import PruneConfig, count_parameters, source_sizes, target_config, target_sizes
 from hf_minitron.prune.trim import Trimmer
 
 MAX_QUESTION_LENGTH = 4096  # tokens; of longer questions the beginning is cut off
-_WHICH_TEXT = ("config_name", "split", "text_column", "revision", "token")  # options of load_text that pick the text
 logger = logging.getLogger(__name__)
 
 
@@ -72,17 +44,14 @@ class PrunerForCausalLM:
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None):
-        _check_prunable(model.config)
-        self._set_up(model.config, None, ModelTensors(model))
-        self._tokenizer, self._model = tokenizer, model
+        self._set_up(PruningSource(model, tokenizer))
 
-    def _set_up(self, config: PreTrainedConfig, dtype: torch.dtype | None, tensors: TensorSource) -> None:
-        self.config, self.dtype, self._tensors = config, dtype, tensors
+    def _set_up(self, source: PruningSource) -> None:
+        self._source, self.config, self.dtype = source, source.config, source.dtype
         self.scores: ImportanceScores | None = None
         self._plan: PrunePlan | None = None
         self._refitted: Refitted | None = None
         self._calibration: tuple[torch.Tensor, dict[str, Any]] | None = None  # the rows of the last score()
-        self._tokenizer = self._model = self._checkpoint = None
         self._stage = Stage("prune")
 
     @classmethod
@@ -103,40 +72,24 @@ class PrunerForCausalLM:
         damaged.
         """
         access = {"revision": revision, "token": token, "trust_remote_code": trust_remote_code}
-        dtype = parse_dtype(dtype)
-        _check_prunable(read_config(model, **access))  # before weights are fetched
-        checkpoint = Checkpoint.open(model, **access)
         self = cls.__new__(cls)
-        self._set_up(checkpoint.config, dtype, checkpoint)
-        self._checkpoint = checkpoint
-        self._loading = {"device_map": device_map, "trust_remote_code": trust_remote_code}
+        self._set_up(PruningSource.open(model, dtype, device_map, **access))
         return self
 
     @property
     def source(self) -> dict[str, Any]:
         """What is pruned, for the lineage: Hub id and commit, or name and content hash."""
-        if self._checkpoint:
-            return self._checkpoint.source
-        name = self.config.name_or_path or "in memory"
-        return {"path": Path(name).name if Path(name).is_absolute() or Path(name).is_dir() else name}
+        return self._source.description
 
     @property
     def tokenizer(self) -> PreTrainedTokenizerBase:
         """The model's tokenizer; ValueError when it has none."""
-        if self._tokenizer is None and self._checkpoint:
-            self._tokenizer = AutoTokenizer.from_pretrained(self._checkpoint.folder)
-        if self._tokenizer is None:
-            raise ValueError(
-                "the model came without a tokenizer, so text cannot be read. Give PrunerForCausalLM(model, tokenizer)."
-            )
-        return self._tokenizer
+        return self._source.tokenizer
 
     @property
     def model(self) -> PreTrainedModel:
         """The source model, loaded when first needed."""
-        if self._model is None:
-            self._model = self._load_model()
-        return self._model
+        return self._source.model
 
     def score(
         self,
@@ -154,10 +107,7 @@ class PrunerForCausalLM:
         ``calibration`` is text (a Hub data set id, files, or a data set with a text column; ``how_to_read`` goes to
         ``load_calibration``) or rows of token ids of equal length (a data set with ``input_ids``, a tensor, lists).
         """
-        check_axes(axes)
-        check_aggregation(aggregation)
-        check_neuron_signal(neuron_signal)
-        check_batch_size(batch_size)
+        check_scoring(axes, aggregation, neuron_signal, batch_size)
         rows, described = self._read_rows(calibration, how_to_read)
         scores = score_model(
             self.model,
@@ -210,14 +160,7 @@ class PrunerForCausalLM:
         return self.scores
 
     def _read_rows(self, calibration: Any, how_to_read: dict[str, Any]) -> tuple[list[list[int]], dict[str, Any]]:
-        """Rows of token ids, and what the lineage says of them."""
-        described = {}
-        if is_text_source(calibration):
-            which = {key: how_to_read[key] for key in _WHICH_TEXT if key in how_to_read}
-            described = {"calibration": describe_source(calibration, **which) | {"seed": how_to_read.get("seed", 0)}}
-            calibration = load_calibration(calibration, self.tokenizer, self.config, **how_to_read)
-        rows = check_rows(calibration, self.config.vocab_size)
-        return rows, {"fingerprint": fingerprint_rows(Dataset.from_dict({"input_ids": rows})), **described}
+        return read_calibration(calibration, lambda: self.tokenizer, self.config, how_to_read)
 
     def plan(self, config: PruneConfig) -> PrunePlan:
         """Which indices stay, by the scores of the last ``score`` (or those set as ``pruner.scores``).
@@ -228,7 +171,7 @@ class PrunerForCausalLM:
         if config.iterations > 1:
             raise ValueError(f"iterations={config.iterations} scores between the steps: call plan_iteratively().")
         if self.scores is not None:
-            _check_same_model(self.scores.info.get("model", {}), self.source)
+            self.scores.check_model(self.source)
         return make_plan(self.config, config, self.scores)
 
     def prune(
@@ -249,7 +192,7 @@ class PrunerForCausalLM:
         model_class = AutoModelForCausalLM._model_mapping[type(trimmer.config)]
         dtype = state[trimmer.family.embedding].dtype
         model = model_class.from_pretrained(None, config=trimmer.config, state_dict=state, dtype=dtype)
-        generation_config = self._generation_config()
+        generation_config = self._source.generation_config()
         if generation_config is not None:
             model.generation_config = generation_config
         return model
@@ -272,12 +215,12 @@ class PrunerForCausalLM:
         rows, described = self._rows_to_refit(calibration, how_to_read)
         kept_layers = plan_depth(self.config, config, self.scores)
         self._refitted = refit(
-            self._tensors,
+            self._source.tensors,
             self.config,
             config,
             rows,
             kept_layers,
-            sliced_plan=self._plan_of_slicing(config),
+            sliced_plan=plan_of_slicing(self.config, config, self.scores),
             batch_size=batch_size,
             dtype=self.dtype,
             progress=progress,
@@ -296,20 +239,10 @@ class PrunerForCausalLM:
             )
         return self._calibration[0].tolist(), self._calibration[1]
 
-    def _plan_of_slicing(self, config: PruneConfig) -> PrunePlan | None:
-        """What minitron would keep, as the fall-back, where the scores at hand tell."""
-        sizes, source = target_sizes(self.config, config), source_sizes(self.config)
-        needed = {axis for axis, key in SIZE_OF.items() if sizes[key] < source[key]}
-        if self.scores is None or not needed <= set(self.scores.axes):
-            return None
-        return self.plan(dataclasses.replace(config, method="minitron"))
-
     def prune_in_memory(self, plan: PrunePlan) -> PrunerForCausalLM:
         """A pruner of the pruned model, which lies where this one's model was scored; for pruning in steps."""
         model = self.prune(plan).to(device=self.model.device, dtype=self.model.dtype)
-        smaller = PrunerForCausalLM(model)
-        smaller._tokenizer = self._tokenizer or (self.tokenizer if self._checkpoint else None)
-        return smaller
+        return PrunerForCausalLM(model, self.tokenizer if self._source.has_tokenizer else None)
 
     def save_pretrained(self, folder: str | Path, *, overwrite: bool = False) -> Path:
         """Writes the checkpoint that the last ``prune`` or ``set_plan`` describes, tensor by tensor.
@@ -326,10 +259,10 @@ class PrunerForCausalLM:
         with atomic_folder(path, overwrite, num_bytes=sum(trimmer.sizes.values())) as temporary:
             write_tensors(temporary, trimmer.sizes, trimmer.trim)
             trimmer.config.save_pretrained(temporary)
-            self._save_companions(temporary)
+            self._source.save_companions(temporary)
             self._plan.save(temporary / PLAN_FILE)
-            source_dir = self._checkpoint.folder if self._checkpoint else None
-            append_stage(self._describe_stage(trimmer), temporary, source_dir)
+            stage = self._describe_stage(count_parameters(trimmer.config))
+            append_stage(stage, temporary, self._source.folder)
         return path
 
     @property
@@ -347,72 +280,16 @@ class PrunerForCausalLM:
 
     def _trim_by(self, config: PruneConfig | PrunePlan) -> Trimmer:
         self.set_plan(config if isinstance(config, PrunePlan) else self.plan(config))
-        return Trimmer(self._tensors, self.config, self._plan, self.dtype)
+        return Trimmer(self._source.tensors, self.config, self._plan, self.dtype)
 
-    def _describe_stage(self, trimmer: Trimmer | Refitted) -> Stage:
-        stage, info = self._stage, dict(self._plan.info)
+    def _describe_stage(self, num_parameters: int) -> Stage:
+        stage, plan, info = self._stage, self._plan, dict(self._plan.info)
         stage.inputs = {"source": self.source}
         stage.data = info.pop("calibration", None)
         stage.tokens = info.get("num_tokens")
-        stage.settings = {"sizes": self._plan.sizes, "source_sizes": self._plan.source_sizes, **info}
-        if len(self._plan.kept_layers) < self.config.num_hidden_layers:
-            stage.settings["kept_layers"] = self._plan.kept_layers
-        stage.metrics = {
-            "source_parameters": count_parameters(self.config),
-            "parameters": count_parameters(trimmer.config),
-        }
+        stage.settings = {"sizes": plan.sizes, "source_sizes": plan.source_sizes, **info}
+        if len(plan.kept_layers) < self.config.num_hidden_layers:
+            stage.settings["kept_layers"] = plan.kept_layers
+        stage.metrics = {"source_parameters": count_parameters(self.config), "parameters": num_parameters}
         stage.files = {PLAN_FILE: "kept source indices by axis and layer"}
         return stage
-
-    def _generation_config(self) -> GenerationConfig | None:
-        if self._model is not None:
-            return copy.deepcopy(self._model.generation_config)
-        has_one = (self._checkpoint.folder / "generation_config.json").is_file()
-        return GenerationConfig.from_pretrained(self._checkpoint.folder) if has_one else None
-
-    def _save_companions(self, folder: Path) -> None:
-        if self._checkpoint:
-            copy_companions(self._checkpoint.folder, folder)
-            return
-        if self._model.generation_config is not None:
-            self._model.generation_config.save_pretrained(folder)
-        if self._tokenizer is not None:
-            self._tokenizer.save_pretrained(folder)
-
-    def _load_model(self) -> PreTrainedModel:
-        """The model for scoring: as stored, or in fp32 where the machine has no fast bf16 (said in the log)."""
-        dtype = self.dtype or self.config.dtype or "auto"
-        on_cpu = self._loading["device_map"] in (None, "cpu") and not torch.cuda.is_available()
-        if dtype != torch.float32 and on_cpu and fast_dtype("cpu") == torch.float32:
-            dtype = torch.float32
-            logger.info("scoring in float32: this CPU has no fast bfloat16; the pruned weights keep their dtype")
-        device_map = self._loading["device_map"] or ("auto" if torch.cuda.is_available() else None)
-        model = AutoModelForCausalLM.from_pretrained(
-            self._checkpoint.folder,
-            dtype=dtype,
-            device_map=device_map,
-            use_safetensors=True,
-            trust_remote_code=self._loading["trust_remote_code"],
-        )
-        for name, parameter in model.named_parameters():
-            if parameter.device.type != "meta":  # offloaded parts are checked when they are trimmed
-                check_finite(name, parameter)
-        return model
-
-
-def _check_prunable(config: PreTrainedConfig) -> None:
-    get_family(config)
-    if getattr(config, "quantization_config", None) is not None:
-        raise ValueError(
-            "the model is quantized (config.json has a quantization_config): packed weights have no rows and columns "
-            "to keep. Prune the unquantized model."
-        )
-
-
-def _check_same_model(scored: dict[str, Any], source: dict[str, Any]) -> None:
-    """Refuses scores of another model, as far as both are known by commit or content."""
-    for key in ("commit", "sha256"):
-        if scored.get(key, source.get(key)) != source.get(key, scored.get(key)):
-            raise ValueError(
-                f"the scores are of {scored}, the model is {source}. Score this model, or give its own scores."
-            )

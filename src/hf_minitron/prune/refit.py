@@ -6,10 +6,8 @@ method, its formulas and its costs are in docs/refit.md.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,48 +15,23 @@ from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig
 
-from hf_minitron.architectures import Family, get_family, get_head_dim
+from hf_minitron.architectures import get_family, get_head_dim
 from hf_minitron.checkpoint import TensorSource
 from hf_minitron.prune.layerwise import LayerwiseModel, LoadedLayer
 from hf_minitron.prune.plan import PrunePlan, keep_all
 from hf_minitron.prune.refit_basis import Basis, identity_basis
-from hf_minitron.prune.refit_ends import TokenMeans, embed_in, fit_final_gain, trimmed_norms
+from hf_minitron.prune.refit_ends import TokenMeans, embed_in, trimmed_norms
 from hf_minitron.prune.refit_half import HalfRefit, KeptOfLayers, Walk
-from hf_minitron.prune.refit_judge import held_out_loss, plan_by_energy
-from hf_minitron.prune.refit_moments import Evidence
+from hf_minitron.prune.refit_head import HeadRefit
+from hf_minitron.prune.refit_judge import Refitted, judge, mean_loss, plan_by_energy
+from hf_minitron.prune.refit_memory import stream_bytes
 from hf_minitron.prune.refit_observe import StreamObserver
-from hf_minitron.prune.refit_solve import Linear, fit_linear
 from hf_minitron.prune.refit_streams import StreamStore, split_rows
 from hf_minitron.prune.target import PruneConfig, build_empty, source_sizes, target_config, target_sizes
 from hf_minitron.prune.trim import Trimmer
 
 TOKENS_PER_WIDTH = 20  # below that many calibration tokens per max(hidden, ffn) a refit is not to be trusted
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Refitted:
-    """A refit model, tensor by tensor: what ``Trimmer`` is for sliced ones. ``plan`` says what was kept, and how."""
-
-    config: PreTrainedConfig
-    plan: PrunePlan
-    tensors: dict[str, Tensor]
-
-    @property
-    def family(self) -> Family:
-        return get_family(self.config)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Bytes of every tensor."""
-        return {name: tensor.nbytes for name, tensor in self.tensors.items()}
-
-    def trim(self, name: str) -> Tensor:
-        """The tensor ``name``."""
-        return self.tensors[name]
-
-    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.tensors.items()
 
 
 @torch.no_grad()
@@ -105,6 +78,7 @@ class _Refitter:
         self.family, self.tied = get_family(config), bool(config.tie_word_embeddings)
         self._source = source
         self.sizes, self.source_sizes = target_sizes(config, prune), source_sizes(config)
+        self.room = stream_bytes(prune.stats_memory, self.sizes, self.source_sizes, get_head_dim(config))
         whole = Trimmer(source, config, keep_all(config))
         self.dtype = dtype or whole.config.dtype
         self.big = LayerwiseModel(config, whole.trim, device)
@@ -118,7 +92,7 @@ class _Refitter:
 
     def run(self, bar: tqdm, basis: Basis | None, sliced_plan: PrunePlan | None) -> Refitted:
         hidden = self.sizes["hidden_size"]
-        observer = StreamObserver(self.big, self.batches, self.prune, hidden)
+        observer = StreamObserver(self.big, self.batches, self.prune, hidden, self.room / 2)
         if basis is None and hidden == self.source_sizes["hidden_size"]:
             basis = identity_basis(hidden, self.device)
         basis = basis or observer.choose(bar)
@@ -130,8 +104,15 @@ class _Refitter:
         found = Refitted(self.small_config, plan, {n: self.tensors[n].to(self.dtype) for n in self._names()})
         if not self.walk.guards or not any(batch.held_out for batch in self.batches):
             return found
-        energies = observer.energies
-        return self._judge(found, sliced_plan or plan_by_energy(self.walk.kept, self.kept_layers, energies))
+        sliced_plan = sliced_plan or plan_by_energy(self.walk.kept, self.kept_layers, observer.energies)
+        sliced = Trimmer(self._source, self.config, sliced_plan, self.dtype)
+        pairs = (
+            (self.walk.load(self.walk.before, number), batch.input_ids)
+            for number, batch in enumerate(self.batches)
+            if batch.held_out
+        )
+        source_loss = mean_loss(self.big, pairs)
+        return judge(found, sliced, sliced_plan, source_loss, self.batches, self.device, self.room / 4)
 
     def _check_tokens(self) -> None:
         width = max(self.config.hidden_size, self.config.intermediate_size)
@@ -150,11 +131,11 @@ class _Refitter:
             )
 
     def _start(self, basis: Basis) -> Walk:
-        share = self.prune.stats_memory * 1e9 / 4
+        share = self.room / 4
         kept = KeptOfLayers(self.sizes, self.source_sizes, get_head_dim(self.config))
         kept.kept_hidden = basis.kept_channels or []
         before, after = StreamStore(share), StreamStore(share)
-        walk = Walk(self.batches, basis, self.prune, kept, before, after, self.device)
+        walk = Walk(self.batches, basis, self.prune, kept, before, after, self.device, share)
         for number, batch in enumerate(self.batches):
             before[number] = self.big.embed(batch.input_ids)
         embedding = self.big.model.get_parameter(self.family.embedding)
@@ -199,7 +180,9 @@ class _Refitter:
         self.tensors[family.embedding] = embed_in(walk.basis, embedding, family.scales_embedding_by_width)
         norm = model.get_submodule(family.final_norm).named_parameters()
         for name, tensor in trimmed_norms(walk.basis, norm, family.gain_offset, reads=True).items():
-            self.tensors[f"{family.final_norm}.{name}"] = tensor
+            offset = family.gain_offset
+            scaled = (tensor + offset) * walk.basis.norm_ratio - offset if self.tied else tensor
+            self.tensors[f"{family.final_norm}.{name}"] = scaled
         if not self.tied:
             self.tensors[family.head] = self._sliced_head(walk.basis)
 
@@ -242,6 +225,7 @@ class _Refitter:
                 for name, tensor in small.module.named_parameters():
                     self.tensors[self.family.layer_name(target, name)] = tensor.to("cpu", self.dtype, copy=True)
             self.info["layers"][str(index)] = report
+            _log_layer(index, report)
             bar.update(following - index)
 
     def _step(self) -> None:
@@ -260,27 +244,9 @@ class _Refitter:
                     small.put(f"{norm}.{name}", tensor)
 
     def _fit_head(self) -> None:
-        walk = self.walk
-        if (walk.basis.is_identity and walk.student_states is None) or not walk.uses("readers"):
-            return
-        evidence = Evidence()
-        for number, batch in enumerate(self.batches):
-            x = self.small.normalize(walk.student(number))
-            evidence.add(x, self.big.normalize(walk.load(walk.before, number)), batch.held_out)
-        walk.fingerprint.update(evidence.fitted)
-        head = self.big.model.get_parameter(self.family.head)
-        if self.tied:
-            embedding = self.small.model.get_parameter(self.family.embedding)
-            scale, report = fit_final_gain(evidence, embedding, head, self.prune.refit_ridge)
-            for name, parameter in self.small.model.get_submodule(self.family.final_norm).named_parameters():
-                offset = self.family.gain_offset if name == "weight" else 0.0
-                self.tensors[f"{self.family.final_norm}.{name}"] = (parameter + offset) * scale - offset
-            self.info["head"] = report
-            return
-        prior = Linear(self.small.model.get_parameter(self.family.head))
-        fit = fit_linear(evidence, prior, Linear(head), ridge=self.prune.refit_ridge, guard=walk.guards)
-        self.tensors[self.family.head] = fit.linear.weight
-        self.info["head"] = fit.as_dict()
+        head = HeadRefit(self.walk, self.big, self.small)
+        self.tensors |= {name: tensor.cpu() for name, tensor in head.fit().items()}
+        self.info |= head.report
 
     def _plan(self) -> PrunePlan:
         kept = self.walk.kept
@@ -296,24 +262,13 @@ class _Refitter:
             info=self.info | without | {"moments_sha256": self.walk.fingerprint.hexdigest()},
         )
 
-    def _judge(self, found: Refitted, sliced_plan: PrunePlan) -> Refitted:
-        """The refit model, or the plainly sliced one if that is better on the rows held out."""
-        sliced = Trimmer(self._source, self.config, sliced_plan, self.dtype)
-        where = self.batches, self.device, self.prune.stats_memory * 1e9 / 4
-        losses = {
-            name: held_out_loss(self.small_config, model.trim, *where)
-            for name, model in (("refit", found), ("sliced", sliced))
-        }
-        found.plan.info["held_out_loss"] = losses
-        if losses["refit"] <= losses["sliced"]:
-            return found
-        logger.warning(
-            "refit gives a loss of %.3f on held-out calibration rows, plain slicing %.3f: the sliced weights are kept. "
-            "Refit needs more calibration tokens.",
-            losses["refit"],
-            losses["sliced"],
-        )
-        tensors = dict(sliced)
-        info = {key: value for key, value in found.plan.info.items() if key != "basis"}
-        plan = dataclasses.replace(sliced_plan, info=info | {"fell_back": True})
-        return Refitted(self.small_config, plan, tensors)
+
+def _log_layer(index: int, report: dict[str, dict[str, Any]]) -> None:
+    """One line: error on held-out rows before and after, and the effective rank of what each projection reads."""
+    parts = [
+        f"{name.rpartition('.')[2]} {fit['before']:.3g} -> {fit['after']:.3g} (rank {fit['effective_rank']:.0f})"
+        for name, fit in report.items()
+        if fit["before"] is not None
+    ]
+    if parts:
+        logger.info("layer %d, relative error of slicing -> refit (effective rank): %s", index, ", ".join(parts))

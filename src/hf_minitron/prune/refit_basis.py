@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from hf_minitron.prune.refit_choice import eliminate, rank_by_energy
 from hf_minitron.prune.refit_moments import effective_rank
 
+SPECTRUM_POINTS = 256
 FLOOR = 1e-9  # eigenvalues below this share of the largest count as that much
 
 
@@ -25,13 +27,15 @@ class Basis:
 
     A folded reader W becomes W ``read``. ``gain`` is what norms over d' channels multiply by so that kept directions
     come out as large as they were: √(d ρ / d') with ρ the share of the normed stream's energy that is kept.
-    ``kept_channels`` is None for a rotation.
+    ``kept_channels`` is None for a rotation. ``norm_ratio`` is rms(D h) / rms(h), the mean over tokens: ``read`` holds
+    it, and a tied head, which cannot, leaves it to the last norm.
     """
 
     write: Tensor
     read: Tensor
     gain: float
     kept_channels: list[int] | None
+    norm_ratio: float = 1.0
 
     @property
     def rotated(self) -> bool:
@@ -60,10 +64,18 @@ class StreamStatistics:
         if energy > 0:
             self.reading = self.reading + reader_gram / energy
 
-    def describe(self, basis: Basis) -> dict[str, float]:
-        """Effective rank of the stream and the share of its energy that is kept, for the lineage."""
+    def describe(self, basis: Basis) -> dict[str, Any]:
+        """For the lineage: the stream's effective rank, the share of its energy that is kept, and its spectrum.
+
+        The spectrum is pairs of a direction's number, from the strongest, and its share of the energy, for at most
+        ``SPECTRUM_POINTS`` evenly spaced directions.
+        """
         kept = basis.gain**2 * basis.write.shape[0] / basis.write.shape[1]
-        return {"effective_rank": round(effective_rank(self.covariance), 2), "energy_kept": round(kept, 6)}
+        shares = torch.linalg.eigvalsh(self.covariance).flip(0).clamp(min=0) / self.covariance.trace()
+        stride = -(-len(shares) // SPECTRUM_POINTS)
+        spectrum = [[index, float(f"{shares[index]:.3g}")] for index in range(0, len(shares), stride)]
+        rank = round(effective_rank(self.covariance), 2)
+        return {"effective_rank": rank, "energy_kept": round(kept, 6), "spectrum": spectrum}
 
 
 def rotate(statistics: StreamStatistics, keep: int, scale: Tensor | None = None, reader_aware: bool = True) -> Basis:
@@ -92,7 +104,7 @@ def rotation_basis(directions: Tensor, covariance: Tensor, scale: Tensor | None 
     ratio = (covariance.trace() / (covariance.diagonal() / scale.square()).sum()).sqrt()
     write, read = (scale[:, None] * directions).T, ratio * directions / scale[:, None]
     share = float(((directions.T @ covariance) * directions.T).sum() / covariance.trace())
-    return Basis(write.float().contiguous(), read.float().contiguous(), _gain(directions, share), None)
+    return Basis(write.float().contiguous(), read.float().contiguous(), _gain(directions, share), None, float(ratio))
 
 
 def select_channels(statistics: StreamStatistics, keep: int, by_elimination: bool = True) -> Basis:

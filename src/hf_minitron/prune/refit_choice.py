@@ -54,8 +54,8 @@ def _eliminate_block(inverse: Tensor, weight: Tensor, alive: Tensor, count: int)
         columns[:, step], shares[:, step], removed[:, step] = column / pivot.sqrt(), share, gone
         diagonal = diagonal - columns[:, step].square()
         alive[index] = False
-    inverse -= columns @ columns.T
-    weight -= removed @ shares.T
+    inverse.addmm_(columns, columns.T, alpha=-1)  # in place: no third matrix of that size
+    weight.addmm_(removed, shares.T, alpha=-1)
 
 
 def eliminate_heads(
@@ -106,7 +106,8 @@ def _first(values: Tensor, keep: int) -> Sequence[int]:
 
 def _damped_inverse(covariance: Tensor) -> Tensor:
     strength = DAMPING * float(covariance.diagonal().mean())
-    return torch.cholesky_inverse(factorize(covariance.double(), strength or 1.0))
+    factor = factorize(covariance.double(), strength or 1.0)
+    return torch.cholesky_inverse(factor, out=factor)
 
 
 def _block_cost(inverse: Tensor, weight: Tensor, block: Tensor) -> float:

@@ -1,4 +1,4 @@
-"""The two ends of the stream in refit: what the embedding takes over, and the head that reads the last states."""
+"""What surrounds the halves in refit: the embedding, what it takes over of dropped layers, and norms as trimmed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,6 @@ import torch
 from torch import Tensor
 
 from hf_minitron.prune.refit_basis import Basis
-from hf_minitron.prune.refit_moments import CrossMoments, Evidence
-from hf_minitron.prune.refit_solve import Linear, factorize, mean_squared_error
 
 SHRINKAGE = 5  # tokens: a mean over so few occurrences counts half
 
@@ -37,35 +35,6 @@ def embed_in(basis: Basis, embedding: Tensor, scales_by_width: bool) -> Tensor:
         return embedding
     found = embedding @ basis.write.T.to(embedding.device)
     return found * (basis.write.shape[1] / basis.write.shape[0]) ** 0.5 if scales_by_width else found
-
-
-def fit_final_gain(evidence: Evidence, embedding: Tensor, head: Tensor, ridge: float) -> tuple[Tensor, dict]:
-    """What to multiply every channel x of the last norm by, (d',), so that a tied head gives the source's logits.
-
-    argmin_c E|E diag(c) x − W y|² with E (vocab, d') the small embedding and W (vocab, d) the source's head: the linear
-    system (EᵀE ∘ E[x xᵀ]) c = diag(Eᵀ W E[y xᵀ]). It is pulled toward the best scalar, which is kept where it is better
-    on held-out rows. Also the relative errors there, as in ``Fit``, before any scaling and after.
-    """
-    small, teacher = embedding.double(), Linear(head)
-    moments = evidence.fitted
-    system = (small.T @ small) * moments.xx
-    wanted = ((head.double().T @ small).T * moments.yx.T).sum(1)
-    scalar = float(wanted.sum() / system.sum())
-    strength = ridge * float(system.diagonal().mean())
-    factor = factorize(system, strength)
-    vector = torch.cholesky_solve((wanted + strength * scalar)[:, None], factor)[:, 0]
-    candidates = [torch.ones_like(vector), torch.full_like(vector, scalar), vector]
-    if not evidence.held_out.count:
-        return vector.float(), {}
-    errors = [_relative_error(evidence.held_out, small * scale, teacher) for scale in candidates]
-    best = min(range(1, 3), key=errors.__getitem__)
-    return candidates[best].float(), {"before": errors[0], "after": errors[best]}
-
-
-def _relative_error(moments: CrossMoments, weight: Tensor, teacher: Linear) -> float:
-    silent = Linear(torch.zeros_like(weight))
-    energy = mean_squared_error(moments, silent, teacher)
-    return mean_squared_error(moments, Linear(weight), teacher) / max(energy, torch.finfo(torch.float64).tiny)
 
 
 def trimmed_norms(

@@ -47,7 +47,8 @@ class KeptOfLayers:
 class Walk:
     """What every half needs: batches, the basis, options, the source's stream before and after, the small one's.
 
-    ``student_states`` is None where the small model is fed the ideal stream P h (teacher forcing).
+    ``student_states`` is None where the small model is fed the ideal stream P h (teacher forcing). ``share`` is how
+    many bytes of a stream stay in memory.
     """
 
     batches: list[Batch]
@@ -57,6 +58,7 @@ class Walk:
     before: StreamStore
     after: StreamStore
     device: torch.device
+    share: float
     fingerprint: MomentsFingerprint = field(default_factory=MomentsFingerprint)
     student_states: StreamStore | None = None
 
@@ -92,7 +94,7 @@ class HalfRefit:
         self.walk, self.big, self.small, self.half, self.absorbs = walk, big, small, half, absorbs
         self.family = big.family
         self.report: dict[str, Any] = {}
-        self._written = StreamStore(walk.prune.stats_memory * 1e9 / 4)  # P z, for families that norm what is written
+        self._written = StreamStore(walk.share)  # P z, for families that norm what is written
         self._inner: Evidence | None = None
 
     @property
@@ -131,6 +133,7 @@ class HalfRefit:
         if self.walk.kept.shrinks(self.half) and self.walk.uses("compensation"):
             shorter = compensate(self._inner.fitted.xx, weight, kept, self.walk.prune.refit_ridge)
             prior = Linear(self.walk.ideal(shorter.T).T, sliced.bias)
+        self._inner = None  # the largest of all moments: they make room for the writer's
         self._set_linear(self._writer, prior)
         nothing_changed = self._is_exact and not self.walk.kept.shrinks(self.half) and not self.absorbs
         if self.walk.uses("writers") and not nothing_changed:

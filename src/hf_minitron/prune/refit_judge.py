@@ -1,18 +1,84 @@
-"""Refit's fall-back: the plainly sliced model, where held-out calibration rows say that it is the better one."""
+"""What refit returns: its own model, or the plainly sliced one where held-out calibration rows say that is better."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import dataclasses
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
+from hf_minitron.architectures import Family, get_family
 from hf_minitron.prune.layerwise import LayerwiseModel
-from hf_minitron.prune.plan import PrunePlan
+from hf_minitron.prune.plan import SIZE_OF, PrunePlan, make_plan
 from hf_minitron.prune.refit_choice import rank_by_energy, rank_heads_by_energy
 from hf_minitron.prune.refit_half import KeptOfLayers
 from hf_minitron.prune.refit_streams import Batch, StreamStore
+from hf_minitron.prune.scores import ImportanceScores
+from hf_minitron.prune.target import PruneConfig, source_sizes, target_sizes
+from hf_minitron.prune.trim import Trimmer
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Refitted:
+    """A refit model, tensor by tensor: what ``Trimmer`` is for sliced ones. ``plan`` says what was kept, and how."""
+
+    config: PreTrainedConfig
+    plan: PrunePlan
+    tensors: dict[str, Tensor]
+
+    @property
+    def family(self) -> Family:
+        return get_family(self.config)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Bytes of every tensor."""
+        return {name: tensor.nbytes for name, tensor in self.tensors.items()}
+
+    def trim(self, name: str) -> Tensor:
+        """The tensor ``name``."""
+        return self.tensors[name]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.tensors.items()
+
+
+def judge(
+    found: Refitted,
+    sliced: Trimmer,
+    sliced_plan: PrunePlan,
+    source_loss: float,
+    batches: Sequence[Batch],
+    device: torch.device,
+    max_bytes: float,
+) -> Refitted:
+    """The refit model, or the plainly sliced one if that has the lower loss on the rows held out (said in the log)."""
+    losses = {
+        name: held_out_loss(found.config, model.trim, batches, device, max_bytes)
+        for name, model in (("refit", found), ("sliced", sliced))
+    }
+    found.plan.info["held_out_loss"] = losses | {"source": source_loss}
+    logger.info(
+        "loss on held-out calibration rows: source %.3f, refit %.3f, sliced %.3f",
+        *(source_loss, losses["refit"], losses["sliced"]),
+    )
+    if losses["refit"] <= losses["sliced"]:
+        return found
+    logger.warning(
+        "refit gives a loss of %.3f on held-out calibration rows, plain slicing %.3f: the sliced weights are kept. "
+        "Refit needs more calibration tokens.",
+        losses["refit"],
+        losses["sliced"],
+    )
+    info = {key: value for key, value in found.plan.info.items() if key != "basis"}
+    plan = dataclasses.replace(sliced_plan, info=info | {"fell_back": True})
+    return Refitted(found.config, plan, dict(sliced))
 
 
 def held_out_loss(
@@ -32,8 +98,25 @@ def held_out_loss(
         with model.layer(index) as layer:
             for number in range(len(batches)):
                 states[number] = layer.run(states[number].to(device))
-    sums = [model.loss(states[number].to(device), batch.input_ids).sum() for number, batch in enumerate(batches)]
-    return float(sum(sums)) / sum(batch.input_ids[:, 1:].numel() for batch in batches)
+    return mean_loss(model, ((states[number].to(device), batch.input_ids) for number, batch in enumerate(batches)))
+
+
+def mean_loss(model: LayerwiseModel, pairs: Iterable[tuple[Tensor, Tensor]]) -> float:
+    """Mean next-token loss in nats, from states that have left the last layer and their token ids."""
+    total, count = 0.0, 0
+    for states, input_ids in pairs:
+        total += float(model.loss(states, input_ids).sum())
+        count += input_ids[:, 1:].numel()
+    return total / count
+
+
+def plan_of_slicing(config: PreTrainedConfig, prune: PruneConfig, scores: ImportanceScores | None) -> PrunePlan | None:
+    """What minitron would keep, where the scores at hand tell."""
+    sizes, source = target_sizes(config, prune), source_sizes(config)
+    needed = {axis for axis, key in SIZE_OF.items() if sizes[key] < source[key]}
+    if scores is None or not needed <= set(scores.axes):
+        return None
+    return make_plan(config, dataclasses.replace(prune, method="minitron"), scores)
 
 
 def plan_by_energy(kept: KeptOfLayers, kept_layers: list[int], channel_energies: Tensor | None) -> PrunePlan:

@@ -18,67 +18,93 @@ CHUNK_TOKENS = 4096
 
 @dataclass
 class CrossMoments:
-    """Sums over tokens of x xᵀ, y xᵀ and, with ``keep_targets``, y yᵀ, for inputs x and targets y.
+    """E[x xᵀ], E[y xᵀ] and, with ``keep_targets``, E[y yᵀ], over tokens with inputs x and targets y.
 
-    With ``center`` the covariances are those about the means, for fits that have a bias. Everything is float64 on the
-    device of the activations.
+    With ``center`` they are covariances about the means, for fits that have a bias. Everything is float64 on the device
+    of the activations. Sums become moments in place when one is first read; nothing is added after that. Peak memory is
+    that of the moments and, while adding, of one product in fp32.
     """
 
     center: bool = False
     keep_targets: bool = False
     count: int = 0
-    _xx: Tensor | float = 0.0
-    _yx: Tensor | float = 0.0
-    _yy: Tensor | float = 0.0
-    _x: Tensor | float = 0.0
-    _y: Tensor | float = 0.0
+    _sums: dict[str, Tensor] = field(default_factory=dict)
+    _origins: dict[str, Tensor] = field(default_factory=dict)
+    _finished: bool = False
 
     def add(self, x: Tensor, y: Tensor | None = None) -> None:
         """Adds tokens: ``x`` (..., n) and ``y`` (..., m)."""
+        assert not self._finished, "the moments have been read"
         x = x.reshape(-1, x.shape[-1]).float()
         y = None if y is None else y.reshape(-1, y.shape[-1]).float()
         for start in range(0, len(x), CHUNK_TOKENS):
             self._add_chunk(x[start : start + CHUNK_TOKENS], None if y is None else y[start : start + CHUNK_TOKENS])
 
     def _add_chunk(self, x: Tensor, y: Tensor | None) -> None:
-        self._xx = self._xx + (x.T @ x).double()
-        self._x = self._x + x.double().sum(0)
         self.count += len(x)
+        if self.center:
+            x, y = self._shift("x", x), None if y is None else self._shift("y", y)
+        self._add("xx", x.T @ x)
+        self._add("x", x.double().sum(0))
         if y is not None:
-            self._yx = self._yx + (y.T @ x).double()
-            self._y = self._y + y.double().sum(0)
+            self._add("yx", y.T @ x)
+            self._add("y", y.double().sum(0))
             if self.keep_targets:
-                self._yy = self._yy + (y.T @ y).double()
+                self._add("yy", y.T @ y)
+
+    def _shift(self, name: str, values: Tensor) -> Tensor:
+        """Less the first chunk's mean: in fp32, products of large means would drown the variances."""
+        if name not in self._origins:
+            self._origins[name] = values.mean(0)
+        return values - self._origins[name]
+
+    def _add(self, name: str, product: Tensor) -> None:
+        if name in self._sums:
+            self._sums[name].add_(product)
+        else:
+            self._sums[name] = product.double()
+
+    def _read(self, name: str) -> Tensor:
+        if not self._finished:
+            self._finished = True
+            for total in self._sums.values():
+                total.div_(self.count)
+            for product, moment in self._sums.items() if self.center else ():
+                if len(product) == 2:
+                    moment.addr_(self._sums[product[0]], self._sums[product[1]], alpha=-1)
+        return self._sums[name]
 
     @property
     def x_mean(self) -> Tensor:
         """(n,), or zeros without ``center``."""
-        return self._x / self.count if self.center else torch.zeros_like(self._x)
+        mean = self._read("x")
+        return mean + self._origins["x"] if self.center else torch.zeros_like(mean)
 
     @property
     def y_mean(self) -> Tensor:
         """(m,), or zeros without ``center``."""
-        return self._y / self.count if self.center else torch.zeros_like(self._y)
+        mean = self._read("y")
+        return mean + self._origins["y"] if self.center else torch.zeros_like(mean)
 
     @property
     def xx(self) -> Tensor:
         """E[x xᵀ], (n, n)."""
-        return self._xx / self.count - torch.outer(self.x_mean, self.x_mean)
+        return self._read("xx")
 
     @property
     def energy(self) -> Tensor:
         """E[x²] of every channel, (n,), about zero."""
-        return self._xx.diagonal() / self.count
+        return self.xx.diagonal() + self.x_mean.square()
 
     @property
     def yx(self) -> Tensor:
         """E[y xᵀ], (m, n)."""
-        return self._yx / self.count - torch.outer(self.y_mean, self.x_mean)
+        return self._read("yx")
 
     @property
     def yy(self) -> Tensor:
         """E[y yᵀ], (m, m)."""
-        return self._yy / self.count - torch.outer(self.y_mean, self.y_mean)
+        return self._read("yy")
 
 
 @dataclass
@@ -113,7 +139,5 @@ class MomentsFingerprint:
 
 
 def effective_rank(covariance: Tensor) -> float:
-    """exp of the entropy of the eigenvalues' shares: of how many equal directions this has the spread."""
-    shares = torch.linalg.eigvalsh(covariance).clamp(min=0)
-    shares = shares[shares > 0] / shares.sum()
-    return float(torch.exp(-(shares * shares.log()).sum()))
+    """tr(C)² / |C|²: of how many equal directions this has the spread (the participation ratio); n² FLOPs."""
+    return float(covariance.trace() ** 2 / covariance.norm().square().clamp(min=torch.finfo(torch.float64).tiny))

@@ -26,8 +26,15 @@ class StreamObserver:
     of every channel, as read.
     """
 
-    def __init__(self, model: LayerwiseModel, batches: Sequence[Batch], prune: PruneConfig, hidden_size: int):
-        self._model, self._prune, self._hidden_size = model, prune, hidden_size
+    def __init__(
+        self,
+        model: LayerwiseModel,
+        batches: Sequence[Batch],
+        prune: PruneConfig,
+        hidden_size: int,
+        max_bytes: float,
+    ):
+        self._model, self._prune, self._hidden_size, self._max_bytes = model, prune, hidden_size, max_bytes
         self._family, self._batches = model.family, [batch for batch in batches if not batch.held_out]
         self._statistics = StreamStatistics()
         self.info: dict[str, Any] = {}
@@ -68,7 +75,7 @@ class StreamObserver:
 
     def _observe(self, scale: Tensor | None, bar: tqdm | None) -> None:
         """Moments of all that reads the stream, layer by layer: of n(D h) with ``scale``, else of what norms give."""
-        states = StreamStore(self._prune.stats_memory * 1e9 / 2)
+        states = StreamStore(self._max_bytes)
         for number, batch in enumerate(self._batches):
             states[number] = self._model.embed(batch.input_ids)
         for index in range(self._model.num_layers):

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_minitron.prune.refit_moments import CrossMoments, Evidence
+from hf_minitron.prune.refit_moments import CrossMoments, Evidence, effective_rank
 
 RIDGE = 1e-2
+ROWS = 4096  # of a map, solved and judged at a time
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,18 @@ class Fit:
     """A solution and its mean squared error on held-out rows, relative to the target's, beside that of slicing.
 
     ``before`` and ``after`` are None where no rows were held out. ``fell_back`` says that the sliced weights were kept,
-    since they were better there.
+    since they were better there. ``effective_rank`` is that of the inputs.
     """
 
     linear: Linear
     before: float | None
     after: float | None
     fell_back: bool
+    effective_rank: float
 
     def as_dict(self) -> dict[str, float | bool | None]:
         """For the lineage."""
-        found = {"before": self.before, "after": self.after}
+        found = {"before": self.before, "after": self.after, "effective_rank": round(self.effective_rank, 1)}
         return found | ({"fell_back": True} if self.fell_back else {})
 
 
@@ -69,29 +71,31 @@ def fit_linear(
     """
     sliced = sliced or prior
     found = solve_ridge(evidence.fitted, prior, teacher, ridge)
+    rank = effective_rank(evidence.fitted.xx)
     if evidence.held_out.count == 0:
-        return Fit(found, None, None, False)
+        return Fit(found, None, None, False, rank)
     scale = _target_energy(evidence.held_out, teacher)
     before = mean_squared_error(evidence.held_out, sliced, teacher) / scale
     after = mean_squared_error(evidence.held_out, found, teacher) / scale
     if guard and not after <= before:
-        return Fit(sliced, before, before, True)
-    return Fit(found, before, after, False)
+        return Fit(sliced, before, before, True, rank)
+    return Fit(found, before, after, False, rank)
 
 
 def solve_ridge(moments: CrossMoments, prior: Linear, teacher: Linear | None, ridge: float) -> Linear:
-    """The formula above, in float64, returned in the prior's dtype."""
-    xx, yx = moments.xx, moments.yx
-    strength = ridge * float(xx.diagonal().mean())
+    """The formula above, in float64, returned in the prior's dtype; rows are solved ``ROWS`` at a time."""
+    strength = ridge * float(moments.xx.diagonal().mean())
     if not strength > 0:  # an input that is always zero: nothing to learn
         return prior
-    wanted = yx if teacher is None else teacher.weight.double() @ yx
-    factor = factorize(xx, strength)
-    weight = torch.cholesky_solve((wanted + strength * prior.weight.double()).T, factor).T
+    factor = factorize(moments.xx, strength)
+    weight = torch.empty_like(prior.weight)
+    for rows in _row_blocks(prior):
+        wanted = _cross(moments, teacher, rows) + strength * prior.weight[rows].double()
+        weight[rows] = torch.cholesky_solve(wanted.T, factor).T.to(weight.dtype)
     if prior.bias is None:
-        return Linear(weight.to(prior.weight.dtype))
+        return Linear(weight)
     mean = _apply(teacher, moments.y_mean)
-    return Linear(weight.to(prior.weight.dtype), (mean - weight @ moments.x_mean).to(prior.bias.dtype))
+    return Linear(weight, (mean - weight.double() @ moments.x_mean).to(prior.bias.dtype))
 
 
 def compensate(covariance: Tensor, weight: Tensor, kept: Tensor, ridge: float) -> Tensor:
@@ -110,20 +114,21 @@ def compensate(covariance: Tensor, weight: Tensor, kept: Tensor, ridge: float) -
 
 def mean_squared_error(moments: CrossMoments, linear: Linear, teacher: Linear | None) -> float:
     """E|W x + b − (T y + c)|², summed over outputs; the moments are to hold y yᵀ."""
-    weight = linear.weight.double()
-    cross = moments.yx if teacher is None else teacher.weight.double() @ moments.yx
-    spread = ((weight @ moments.xx) * weight).sum() - 2 * (weight * cross).sum() + _target_spread(moments, teacher)
-    shift = weight @ moments.x_mean - _apply(teacher, moments.y_mean)
-    if linear.bias is not None:
-        shift = shift + linear.bias.double()
+    spread = _target_spread(moments, teacher)
+    for rows in _row_blocks(linear):
+        weight = linear.weight[rows].double()
+        spread = spread + ((weight @ moments.xx - 2 * _cross(moments, teacher, rows)) * weight).sum()
+    shift = _apply(linear, moments.x_mean) - _apply(teacher, moments.y_mean)
     return max(float(spread + shift.square().sum()), 0.0)
 
 
 def factorize(covariance: Tensor, strength: float) -> Tensor:
     """The Cholesky factor of ``covariance + strength · I``; rounding below zero is met by ten times the strength."""
+    failed = torch.empty((), dtype=torch.int32, device=covariance.device)
     for _ in range(12):
-        shifted = covariance + strength * torch.eye(len(covariance), dtype=covariance.dtype, device=covariance.device)
-        factor, failed = torch.linalg.cholesky_ex(shifted)
+        factor = covariance.clone()
+        factor.diagonal().add_(strength)
+        torch.linalg.cholesky_ex(factor, out=(factor, failed))
         if not int(failed):
             return factor
         strength *= 10
@@ -133,18 +138,28 @@ def factorize(covariance: Tensor, strength: float) -> Tensor:
     )
 
 
-def _apply(teacher: Linear | None, mean: Tensor) -> Tensor:
-    if teacher is None:
+def _row_blocks(linear: Linear) -> list[slice]:
+    """Rows of a map that may be as many as a vocabulary: float64 copies of all at once would take gigabytes."""
+    return [slice(start, start + ROWS) for start in range(0, len(linear.weight), ROWS)]
+
+
+def _cross(moments: CrossMoments, teacher: Linear | None, rows: slice) -> Tensor:
+    """Rows of E[(T y) xᵀ]."""
+    return moments.yx[rows] if teacher is None else teacher.weight[rows].double() @ moments.yx
+
+
+def _apply(linear: Linear | None, mean: Tensor) -> Tensor:
+    if linear is None:
         return mean
-    found = teacher.weight.double() @ mean
-    return found if teacher.bias is None else found + teacher.bias.double()
+    found = torch.cat([linear.weight[rows].double() @ mean for rows in _row_blocks(linear)])
+    return found if linear.bias is None else found + linear.bias.double()
 
 
 def _target_spread(moments: CrossMoments, teacher: Linear | None) -> Tensor:
     if teacher is None:
         return moments.yy.diagonal().sum()
-    weight = teacher.weight.double()
-    return ((weight @ moments.yy) * weight).sum()
+    blocks = (teacher.weight[rows].double() for rows in _row_blocks(teacher))
+    return sum(((weight @ moments.yy) * weight).sum() for weight in blocks)
 
 
 def _target_energy(moments: CrossMoments, teacher: Linear | None) -> float:

@@ -123,6 +123,15 @@ class ImportanceScores:
                 merged.moments[key].merge(part.moments[key])
         return merged
 
+    def check_model(self, source: dict[str, Any]) -> None:
+        """Refuses scores of another model than ``source``, as far as both are known by commit or content."""
+        scored = self.info.get("model", {})
+        for key in ("commit", "sha256"):
+            if scored.get(key, source.get(key)) != source.get(key, scored.get(key)):
+                raise ValueError(
+                    f"the scores are of {scored}, the model is {source}. Score this model, or give its own scores."
+                )
+
     def save(self, path: str | Path) -> None:
         """Writes one safetensors file with everything needed to score, merge and inspect."""
         tensors = {}

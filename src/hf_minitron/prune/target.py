@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoModelForCausalLM, PreTrainedConfig
+from transformers.initialization import no_init_weights
 
 from hf_minitron.architectures import PER_LAYER_KEYS, get_family, get_head_dim
 from hf_minitron.prune.depth import METRICS, PATTERNS, check_dropped_layers
@@ -24,6 +25,7 @@ REFIT_PARTS = (  # what ``refit_without`` may leave out
     "readers",
     "writers",
     "compensation",
+    "gain",
     "embedding",
     "guard",
 )
@@ -88,7 +90,8 @@ class PruneConfig:
         default_factory=list, metadata={"help": f"Parts of refit to leave out: {' '.join(REFIT_PARTS)}."}
     )
     stats_memory: float = field(
-        default=8.0, metadata={"help": "GB of memory for refit's residual streams; what is beyond goes to disk."}
+        default=8.0,
+        metadata={"help": "GB of memory for refit's moments and residual streams; streams beyond it go to disk."},
     )
 
     def __post_init__(self) -> None:
@@ -175,7 +178,7 @@ def target_config(
 
 def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None = None):
     """The model of a config on the meta device: names, shapes and counts without memory."""
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():
         return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 

@@ -47,7 +47,7 @@ def plot_losses(
     axes.xaxis.set_major_formatter(EngFormatter(sep=""))
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_importance(
@@ -68,7 +68,7 @@ def plot_importance(
     _map_heads(axes[0, 1], heads)
     _draw_energy(axes[1, 0], hidden, kept.get("hidden_size"))
     _draw_layers(axes[1, 1], layers)
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def plot_scores(folder: str | Path, scores: Mapping[str, torch.Tensor], removals: Sequence[Any] = ()) -> list[Path]:
@@ -87,7 +87,7 @@ def plot_scores(folder: str | Path, scores: Mapping[str, torch.Tensor], removals
         if axis in scores:
             figure, axes = pyplot.subplots(figsize=size, layout="constrained")
             draw(axes, scores[axis])
-            paths.append(_save(figure, folder / f"{axis}.png"))
+            paths.append(save_figure(figure, folder / f"{axis}.png"))
     if "layers" in scores or removals:
         paths.append(_plot_layers(folder / "layers.png", scores.get("layers"), removals))
     return paths
@@ -102,7 +102,7 @@ def _plot_layers(path: Path, layers: torch.Tensor | None, removals: Sequence[Any
         _draw_layers(next(rest), layers)
     for metric, axes in zip(metrics, rest, strict=True):
         _draw_removals(axes, [removal for removal in removals if removal.metric == metric])
-    return _save(figure, path)
+    return save_figure(figure, path)
 
 
 def _map_neurons(axes: Axes, neurons: torch.Tensor, kept: int | None = None) -> None:
@@ -179,7 +179,8 @@ def _draw_removals(axes: Axes, removals: Sequence[Any]) -> None:
     axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
 
 
-def _save(figure: Figure, path: str | Path) -> Path:
+def save_figure(figure: Figure, path: str | Path) -> Path:
+    """Writes the picture and closes it."""
     path = Path(path)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
