@@ -1,11 +1,12 @@
-"""The chain from a base model to an aligned one, on real data: what each stage does to held-out records.
-
-Claim: SFT lowers the held-out loss on its own format; each round of RPO raises the held-out reward margin, where a
+"""Claim: SFT lowers the held-out loss on its own format; each round of RPO raises the held-out reward margin, where a
 model of this size can see what is preferred, and stays within 0.5 nats a token of its reference.
 
-Needs ../shared/data (tinystories-656k, GSM8K's and MBPP's training parts, GPTeacher's roleplay, 300 preference pairs of
-people and models); without it nothing is measured. "Shuffled" pairs prefer a real response to the same words in another
-order; the 300 pairs ask for judgement. Rewards are 1 and 0. Command: python benchmarks/alignment.py [--json]
+Measures  both before and after every stage of the chain from a base model to an aligned one, on real data. "Shuffled"
+          pairs prefer a real response to the same words in another order; "preferences" are 300 pairs that ask for
+          judgement. Rewards are 1 and 0.
+Needs     ../shared/data (tinystories-656k, GSM8K's and MBPP's training parts, GPTeacher's roleplay, the 300 pairs);
+          without it nothing is measured.
+Command   python benchmarks/alignment.py [--json]
 """
 
 from __future__ import annotations
