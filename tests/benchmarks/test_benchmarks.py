@@ -14,7 +14,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
-    "alignment": "--train-rows 20 --held-out-rows 4 --sft-steps 1 --rpo-steps 1 --rows-per-step 2",
+    "alignment": "--train-rows 20 --held-out-rows 4 --sft-steps 1 --rpo-steps 3 --rows-per-step 2",
     "refit": "--steps 2 --rows-per-step 1 --calibration-rows 9 --eval-rows 1",
     "scoring": "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4 "
     "--num-key-value-heads 2 --vocab-size 61 --rows 5 --tokens 16 --batch-size 2 --repeats 2",

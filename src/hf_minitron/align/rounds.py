@@ -88,7 +88,8 @@ def align_checkpoint(arguments: RPOArguments, config: RPOConfig, lora: LoraArgum
         folder = output_dir / f"round-{number}"
         if not (folder / LINEAGE_FILE).is_file():
             _Round(number, folder, arguments, config, lora, scorer).run(source, train, held_out)
-        source = _open(str(folder), None, config)
+        if number < arguments.rounds:  # the last round's folder is emptied by whichever process comes first
+            source = _open(str(folder), None, config)
     _move_up(folder, output_dir)
     return RPOReport(output_dir, read_lineage(output_dir)[-arguments.rounds :])
 
