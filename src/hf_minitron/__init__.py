@@ -6,6 +6,11 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:  # for editors; at run time a name is imported when it is first used
+    from hf_minitron.align.rewards import label_rewards as label_rewards
+    from hf_minitron.align.rpo import RPOConfig as RPOConfig
+    from hf_minitron.align.rpo import RPOTrainer as RPOTrainer
+    from hf_minitron.align.sft import SupervisedConfig as SupervisedConfig
+    from hf_minitron.align.sft import SupervisedTrainer as SupervisedTrainer
     from hf_minitron.distill.ce_head import fused_linear_ce as fused_linear_ce
     from hf_minitron.distill.config import DistillationConfig as DistillationConfig
     from hf_minitron.distill.correction import CorrectTeacherArguments as CorrectTeacherArguments
@@ -45,8 +50,13 @@ _MODULES = {
     "PruneConfig": "prune.target",
     "PrunePlan": "prune.plan",
     "PrunerForCausalLM": "prune.pruner",
+    "RPOConfig": "align.rpo",
+    "RPOTrainer": "align.rpo",
+    "SupervisedConfig": "align.sft",
+    "SupervisedTrainer": "align.sft",
     "evaluate_perplexity": "evaluate.perplexity",
     "fused_linear_kd": "distill.kd_head",
+    "label_rewards": "align.rewards",
     "open_mix": "mixes",
     "push_checkpoint": "publish.hub",
     "write_model_card": "publish.card",

@@ -56,10 +56,15 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
 
     Raises ValueError when a target's name matches no linear layer, or is the head's, whose weight the loss reads.
     """
+    return get_peft_model(model, adapter_config(model, arguments))
+
+
+def adapter_config(model: PreTrainedModel, arguments: LoraArguments) -> LoraConfig:
+    """peft's own description of the adapters; errors are those of `add_adapters`."""
     targets = arguments.lora_target_modules or ALL_LINEAR
     if targets != ALL_LINEAR:
         _check_targets(model, targets)
-    config = LoraConfig(
+    return LoraConfig(
         r=arguments.lora_r,
         lora_alpha=2 * arguments.lora_r if arguments.lora_alpha is None else arguments.lora_alpha,
         lora_dropout=arguments.lora_dropout,
@@ -67,7 +72,6 @@ def add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> PeftModel:
         use_dora=arguments.use_dora,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
 
 
 def merged_copy(model: PeftModel, state: Mapping[str, Tensor]) -> PreTrainedModel:

@@ -232,6 +232,22 @@ COMMANDS = {
         reports.report_distill,
         WHEN_STOPPED,
     ),
+    "sft": Command(
+        "Fine-tune on prompts and answers, the loss on the answers only.",
+        "model",
+        ("align.arguments.SFTArguments", "align.sft.SupervisedConfig", "adapters.LoraArguments"),
+        "align.stage.fine_tune_checkpoint",
+        reports.report_sft,
+        "add --resume-from-checkpoint true to go on from the last checkpoint-* folder, if there is one",
+    ),
+    "rpo": Command(
+        "Train on preferences with rewards, in rounds, each from the result of the last.",
+        "model",
+        ("align.arguments.RPOArguments", "align.rpo.RPOConfig", "adapters.LoraArguments"),
+        "align.rounds.align_checkpoint",
+        reports.report_rpo,
+        "add --resume-from-checkpoint true to go on where it stopped",
+    ),
     "evaluate": Command(
         "Loss, perplexity and bits per byte on held-out text.",
         "model",

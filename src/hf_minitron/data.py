@@ -58,16 +58,39 @@ def load_text(
     Raises FileNotFoundError if nothing is there, ValueError for mixed kinds of files, an unknown split, a column that
     is not there, is not text or cannot be guessed, and for a source without any text.
     """
-    name = type(source).__name__ if _is_dataset(source) else str(source)
+    how = {"config_name": config_name, "split": split, "revision": revision, "streaming": streaming, "token": token}
+    return _only_text(load_records(source, **how), text_column, _name_of(source))
+
+
+def load_records(
+    source: str | os.PathLike | Dataset | IterableDataset,
+    *,
+    config_name: str | None = None,
+    split: str = "train",
+    revision: str | None = None,
+    streaming: bool | None = None,
+    token: str | bool | None = None,
+) -> Dataset | IterableDataset:
+    """The rows of ``source`` with all their columns; sources and errors are those of ``load_text``."""
     if _is_dataset(source):
-        dataset = source
-    elif files := find_text_files(source):
+        return source
+    if files := find_text_files(source):
         if config_name is not None or revision is not None:
-            raise ValueError(f"{config_name=}, {revision=} are for Hub data sets; {name} is a path: leave them out.")
-        dataset = load_text_files(files, split, bool(streaming))
-    else:
-        dataset = _load_from_hub(name, config_name, split, revision, streaming is None or streaming, token)
-    return _only_text(dataset, text_column, name)
+            raise ValueError(f"{config_name=}, {revision=} are for Hub data sets; {source} is a path: leave them out.")
+        return load_text_files(files, split, bool(streaming))
+    return _load_from_hub(str(source), config_name, split, revision, streaming is None or streaming, token)
+
+
+def held_out_split(arguments: Any) -> str:
+    """The split of ``eval_dataset`` to evaluate on; raises ValueError for what is trained on too."""
+    same = arguments.eval_dataset == arguments.dataset
+    split = arguments.eval_split or ("validation" if same else "train")
+    if same and split == arguments.dataset_split:
+        raise ValueError(
+            f"eval_dataset and dataset are both {arguments.dataset}, split {split}: held-out text must not be "
+            "trained on. Give another."
+        )
+    return split
 
 
 def iterate_texts(texts: Iterable[str] | Dataset | IterableDataset) -> Iterator[str]:
@@ -204,6 +227,10 @@ def describe_source(
         facts = {"kind": "hub", "id": str(source), "config": config_name, "revision": revision, "commit": commit}
     facts |= {"split": split if facts["kind"] == "hub" else None, "text_column": text_column}
     return {key: value for key, value in facts.items() if value is not None}
+
+
+def _name_of(source: Any) -> str:
+    return type(source).__name__ if _is_dataset(source) else str(source)
 
 
 def _is_dataset(source: Any) -> bool:

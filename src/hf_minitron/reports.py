@@ -223,6 +223,32 @@ def report_distill(report: Any, *options: Any) -> str:
     return "\n".join(lines)
 
 
+def report_sft(report: Any, *options: Any) -> str:
+    """Held-out metrics before and after, and how to go on."""
+    told = report_distill(report, *options).rpartition("\n")[0]
+    return f"{told}\nNext: hf-minitron rpo {report.output_dir} --dataset PAIRS --output-dir DIR"
+
+
+def report_rpo(report: Any, arguments: Any, *options: Any) -> str:
+    """What every round did to the held-out pairs."""
+    lines = []
+    measured = {
+        "loss": "loss", "reward margin": "rewards/margins", "margin wanted": "rewards/target_margins",
+        "accuracy": "rewards/accuracies", "KL to the reference": "kl_to_reference",
+    }  # fmt: skip
+    rows = [
+        (f"{one['settings']['round']}, {when}", *(_number(one["metrics"][when].get(key)) for key in measured.values()))
+        for one in report.rounds
+        if "metrics" in one
+        for when in ("before", "after")
+    ]
+    if rows:
+        lines.append(markdown_table(("round", *measured), rows) + "\n")
+    lines.append(f"Trained in {len(report.rounds)} rounds; wrote {report.output_dir}")
+    lines.append(f"Next: hf-minitron evaluate {report.output_dir} --dataset HELD_OUT")
+    return "\n".join(lines)
+
+
 def report_evaluation(result: Any, arguments: Any) -> str:
     """Loss, perplexity and bits per byte."""
     return markdown_table(

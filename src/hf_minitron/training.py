@@ -7,7 +7,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -76,16 +76,20 @@ def save_trained(
     stage: Stage,
     log_file: str,
     tokenizer: PreTrainedTokenizerBase | None = None,
+    measure: Callable[[Path], dict[str, Any]] | None = None,
 ) -> None:
     """Writes the trained model over its checkpoints' folder: weights in the source's dtype, the lineage last.
 
     A folder with ``minitron.json`` is therefore complete. Tokenizer and generation config are the source's, unless a
-    ``tokenizer`` that was changed is given: then that one and the model's own. Every process must call this: sharded
-    weights are gathered.
+    ``tokenizer`` that was changed is given: then that one and the model's own. ``measure`` is given a folder with the
+    whole model, not yet rounded, and returns what else the stage's metrics are to say. Every process must call this:
+    sharded weights are gathered.
     """
     gathered, beside = output_dir / ".gathered.tmp", output_dir / ".beside.tmp"
     save_whole(trainer, str(gathered))
     if trainer.is_world_process_zero():
+        if measure is not None:
+            stage.metrics = (stage.metrics or {}) | measure(gathered)
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         if tokenizer is not None:

@@ -14,6 +14,7 @@ import pytest
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 TINY = {
+    "alignment": "--train-rows 20 --held-out-rows 4 --sft-steps 1 --rpo-steps 3 --rows-per-step 2",
     "refit": "--steps 2 --rows-per-step 1 --calibration-rows 9 --eval-rows 1",
     "scoring": "--hidden-size 32 --intermediate-size 64 --num-hidden-layers 2 --num-attention-heads 4 "
     "--num-key-value-heads 2 --vocab-size 61 --rows 5 --tokens 16 --batch-size 2 --repeats 2",
@@ -94,6 +95,17 @@ def test_refit_costs_by_part():
     (cost,) = json.loads(run("refit", "--json", "--cost", "--targets", "width 66"))
     assert {"moments", "runs of layers", "solves", "last norm's gain"} < set(cost["seconds"])
     assert all(map(math.isfinite, numbers(cost))) and cost["gflop"]["moments"] > 0
+
+
+@pytest.mark.skipif(not (BENCHMARKS.parents[1] / "shared" / "data").is_dir(), reason="../shared is not there")
+def test_alignment():
+    facts = json.loads(run("alignment", "--json"))
+    assert [row["stage"] for row in facts["rows"]] == [
+        *("SFT, math-code", "SFT, instructions", "RPO on shuffled, round 1", "RPO on shuffled, round 2"),
+        *("RPO on preferences, round 1", "RPO on preferences, round 2"),
+    ]  # fmt: skip
+    assert all(row["after"] < row["before"] for row in facts["rows"][:2])
+    assert all(row["kl"] > 0 for row in facts["rows"][2:])
 
 
 def test_scoring():

@@ -14,7 +14,7 @@ from datasets import Dataset
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, TrainingArguments
 
 from hf_minitron.checkpoint import Checkpoint
-from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, load_text, pack_rows
+from hf_minitron.data import check_row_length, describe_source, fingerprint_rows, held_out_split, load_text, pack_rows
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.fingerprints import check_same_tokens
 from hf_minitron.distill.intermediate import check_has_states
@@ -276,21 +276,10 @@ def held_out_rows(
     if arguments.eval_dataset is None:
         return None
     same = arguments.eval_dataset == arguments.dataset
-    how = {"split": _eval_split(arguments), "text_column": arguments.text_column}
+    how = {"split": held_out_split(arguments), "text_column": arguments.text_column}
     how["config_name"] = arguments.dataset_config if same else None
     most = arguments.max_eval_rows
     return read_rows(arguments.eval_dataset, how, tokenizer, max_length, most, seed=0, drawn=drawn)
-
-
-def _eval_split(arguments: DistillArguments) -> str:
-    same = arguments.eval_dataset == arguments.dataset
-    split = arguments.eval_split or ("validation" if same else "train")
-    if same and split == arguments.dataset_split:
-        raise ValueError(
-            f"eval_dataset and dataset are both {arguments.dataset}, split {split}: held-out text must not be "
-            "trained on. Give another."
-        )
-    return split
 
 
 def load_checked(

@@ -1,0 +1,1 @@
+"""Alignment: supervised fine-tuning, reward labels, reward-aware preference optimization."""
