@@ -132,8 +132,8 @@ RPO = stage(
     "rpo",
     1_800.0,
     5,
-    settings={"beta": 0.05, "eta": 1.0, "learning_rate": 9e-7},
-    inputs={"model": {"path": "llama-3.1-4b-sft", "sha256": "56" * 32}},
+    settings={"round": 1, "beta": 0.05, "eta": 1.0, "learning_rate": 9e-7},
+    inputs={name: {"path": "llama-3.1-4b-sft", "sha256": "56" * 32} for name in ("source", "reference")},
     data={"train": {"kind": "hub", "id": "acme/preferences", "commit": "f" * 40, "split": "train"}},
     tokens=5_000_000,
 )

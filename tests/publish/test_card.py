@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
-from lineages import CONFIG, DISTILL, FILES, LINEAGES, MEASURED, PRUNE, RPO, SOURCE, TEXT, stage
+from lineages import CONFIG, CORRECT, DISTILL, FILES, LINEAGES, MEASURED, PRUNE, RPO, SOURCE, TEXT, stage
 from local_hub import read_card
 from safetensors.numpy import save_file
 
@@ -156,6 +156,23 @@ def test_rebuilt_commands_parse_into_the_recorded_settings():
     arguments, config = parsed[:2]
     assert (arguments.student_model, arguments.teacher_revision) == ("llama-3.1-4b-pruned", SOURCE["commit"])
     assert (config.lr_scheduler_kwargs, config.max_steps, config.push_to_hub) == ({"min_lr_rate": 0.1}, 9961, False)
+
+
+def test_commands_of_corrections_and_alignment_parse_too():
+    def parse(stage):
+        name, *words = shlex.split(stage_command(stage, "out").replace("\\\n", ""))[1:]
+        return cli._parse(name, cli.COMMANDS[name], [*words, "--use-cpu", "true", "--bf16", "false"])
+
+    arguments, config, _ = parse(CORRECT)
+    assert (arguments.teacher_model, arguments.teacher_revision) == (SOURCE["id"], SOURCE["commit"])
+    assert (config.method, config.learning_rate, config.max_steps) == ("full", 2e-5, 100)
+    arguments, config, _ = parse({**RPO, "inputs": {"source": SOURCE, "reference": SOURCE}})
+    assert (arguments.model, arguments.model_revision, arguments.rounds) == (SOURCE["id"], SOURCE["commit"], 1)
+    assert (config.beta, config.learning_rate, config.output_dir) == (0.05, 9e-7, "out")
+    arguments, _, lora = parse({**RPO, "stage": "sft", "settings": {"lora_r": 4, "chat_template": "chatml"}})
+    assert (arguments.model, arguments.chat_template, lora.lora_r) == ("llama-3.1-4b-sft", "chatml", 4)
+    while_teaching = {**CORRECT, "settings": {"teacher_correction": "lora"}}
+    assert stage_command(while_teaching, "out") is None  # the student's record has the command
 
 
 def test_a_streamed_mix_is_told_and_can_be_repeated(tmp_path):

@@ -141,7 +141,7 @@ class _Round:
             self.scorer.unload()
         trainer = self._make_trainer(source, config, rows, held_out)
         report = train_and_measure(trainer, self.folder, last_whole_checkpoint(self.folder))
-        stage.inputs = {"source": source.source, "reference": source.source}
+        stage.inputs = {"source": source.described, "reference": source.source}
         if isinstance(self.scorer, RewardModel):
             stage.inputs["reward_model"] = self.scorer.checkpoint.source
         stage.data = {"max_length": config.max_length, "train": train.facts | {"num_pairs": len(trainer.train_dataset)}}

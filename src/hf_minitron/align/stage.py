@@ -91,7 +91,7 @@ def fine_tune_checkpoint(
         model, config, train.rows, eval_dataset=held_out.rows if held_out else None, processing_class=marked
     )
     report = train_and_measure(trainer, output_dir, resume)
-    stage.inputs = {"source": source.source}
+    stage.inputs = {"source": source.described}
     stage.data = {"max_length": config.max_length, "train": train.facts}
     stage.data["train"]["fingerprint"] = fingerprint_rows(trainer.train_dataset)
     stage.data |= {"held_out": held_out.facts} if held_out else {}

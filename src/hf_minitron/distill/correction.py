@@ -170,7 +170,7 @@ def correct_teacher(
     warnings = tuple(judge(before, after, config.learning_rate))
     for warning in warnings if trainer.is_world_process_zero() else ():
         logger.warning("%s", warning)
-    stage.inputs = {"teacher": source.source}
+    stage.inputs = {"teacher": source.described}
     stage.data = {"max_length": max_length, "train": trainer.describe_stream() or train.facts}
     stage.data |= {name: rows.facts for name, rows in held_out.items()}
     stage.tokens = trainer.num_tokens_seen

@@ -117,7 +117,7 @@ def distill_checkpoint(
     stage.metrics = {"before": before, "after": after} if after else None
     save_trained(trainer, student, output_dir, stage, LOG_FILE)
     if correction.corrected_teacher_dir is not None:
-        stage = dataclasses.replace(stage, stage="correct", inputs={"teacher": inputs.teacher.source}, files=None)
+        stage = dataclasses.replace(stage, stage="correct", inputs={"teacher": teacher}, files=None)
         stage.metrics = {when: {"held_out": _of_teacher(found)} for when, found in (stage.metrics or {}).items()}
         save_teacher(trainer, inputs.teacher, Path(correction.corrected_teacher_dir), stage)
     if config.push_to_hub and trainer.is_world_process_zero():

@@ -10,13 +10,12 @@ from typing import Any
 import yaml
 
 MIX_FILE = "mix.yaml"
-_MODELS = {  # command, role of the model it takes first, other models with their options, by the stage's name
-    "distill": ("distill", "student", {"teacher": "teacher"}),
-    "correct": ("correct-teacher", "teacher", {}),
-    "sft": ("sft", "model", {}),
-    "rpo": ("rpo", "model", {}),
+_MODELS = {  # by the stage's name: command, role of the model it takes first and its option, other models' options
+    "distill": ("distill", "student", "student", {"teacher": "teacher"}),
+    "correct": ("correct-teacher", "teacher", "teacher", {}),
+    "sft": ("sft", "source", "model", {}),
+    "rpo": ("rpo", "source", "model", {}),
 }
-_REVISIONS = {"source": "revision", "model": "revision", "student": "student-revision", "teacher": "teacher-revision"}
 _PRUNE_SCORES = {"num_samples": "num-samples", "sequence_length": "sequence-length", "neuron_signal": "neuron-signal"}
 _REFIT = {"mode": "refit-mode", "ridge": "refit-ridge", "without": "refit-without"}
 
@@ -65,7 +64,7 @@ def _prune_words(stage: dict[str, Any]) -> list[str] | None:
     name = model_name(source)
     if name is None or sizes is None or (stage.get("data") is not None and data_name(stage["data"]) is None):
         return None
-    words = ["prune", name, *_revision("source", source)]
+    words = ["prune", name, *_revision("revision", source)]
     for key, size in sizes.items():
         words += _option(key, size) if size != before.get(key) and key != "num_hidden_layers" else []
     words += _depth_words(settings, before["num_hidden_layers"])
@@ -112,17 +111,22 @@ def _calibration_words(stage: dict[str, Any]) -> list[str]:
 
 
 def _training_words(stage: dict[str, Any]) -> list[str] | None:
-    command, main, others = _MODELS[stage["stage"]]
+    command, main, option, others = _MODELS[stage["stage"]]
+    settings = dict(stage.get("settings") or {})
+    if command == "correct-teacher" and "teacher_correction" in settings:
+        return None  # corrected while it taught: the student's own record has the command
+    if settings.pop("round", None) is not None:
+        settings["rounds"] = 1  # every round is a stage of its own
     inputs, data = stage.get("inputs") or {}, stage.get("data") or {}
     train, held_out = data.get("train") or {}, data.get("held_out")
     name, text = model_name(inputs.get(main) or {}), data_name(train)
     mixed = mix_file(train)
     if name is None or (text is None and mixed is None):
         return None
-    words = [command, name, *_revision(main, inputs[main])]
+    words = [command, name, *_revision(f"{option}-revision", inputs[main])]
     for role, option in others.items():
         if (other := inputs.get(role)) and model_name(other):
-            words += [*_option(f"{option}-model", model_name(other)), *_revision(role, other)]
+            words += [*_option(f"{option}-model", model_name(other)), *_revision(f"{option}-revision", other)]
     if mixed is not None:
         words += _option("dataset-mix", MIX_FILE)
         stream = {"shuffle-buffer": "shuffle_buffer", "dataset-epochs": "epochs", "stopping": "stopping"}
@@ -132,14 +136,14 @@ def _training_words(stage: dict[str, Any]) -> list[str] | None:
         words += _option("dataset-config", train["config"]) if "config" in train else []
     if held_out and data_name(held_out):
         words += _option("eval-dataset", data_name(held_out))
-    for key, value in (stage.get("settings") or {}).items():
+    for key, value in settings.items():
         if value is not False and not key.startswith(("hub_", "push_to_hub")):
             words += _option(key, json.dumps(value) if isinstance(value, dict) else value)
     return words
 
 
-def _revision(role: str, source: dict[str, Any]) -> list[str]:
-    return _option(_REVISIONS.get(role, "revision"), source["commit"]) if "id" in source and "commit" in source else []
+def _revision(option: str, source: dict[str, Any]) -> list[str]:
+    return _option(option, source["commit"]) if "id" in source and "commit" in source else []
 
 
 def _option(name: str, value: Any) -> list[str]:
