@@ -179,7 +179,9 @@ def target_config(
 def build_empty(config: PreTrainedConfig, dtype: torch.dtype | None = None):
     """The model of a config on the meta device: names, shapes and counts without memory."""
     with torch.device("meta"), no_init_weights():
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    model.tie_weights()  # part of the initialisation that is left out
+    return model
 
 
 def count_parameters(config: PreTrainedConfig) -> dict[str, int]:
