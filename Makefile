@@ -30,7 +30,7 @@ quickstart: .venv/.setup ## Prune, distil and measure the embedded model: the ma
 	$(BIN)/python recipes/quickstart/quickstart.py $(ARGS)
 
 test: .venv/.extras ## Run the tests, with the extras that some of them need
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile $(ARGS)
 
 check: .venv/.setup ## Check style, formatting and installed versions; changes nothing
 	$(BIN)/ruff check .
