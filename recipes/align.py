@@ -30,7 +30,8 @@ from hf_minitron.align.arguments import RPOArguments, SFTArguments
 from hf_minitron.align.rounds import RPOReport, align_checkpoint
 from hf_minitron.align.rpo import RPOConfig
 from hf_minitron.align.sft import SupervisedConfig
-from hf_minitron.align.stage import AlignReport, fine_tune_checkpoint
+from hf_minitron.align.stage import fine_tune_checkpoint
+from hf_minitron.training import TrainingReport
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def parse_arguments() -> argparse.Namespace:
 
 def fine_tune(
     arguments: argparse.Namespace, settings: Settings, model: str | Path, data: list[str], folder: Path
-) -> AlignReport:
+) -> TrainingReport:
     """One of the two fine-tunings; the first gives a base model its chat template."""
     first = folder.name == "math-code"
     template = (arguments.chat_template or "chatml") if first and not _has_template(model) else None
@@ -110,7 +111,7 @@ def align(
     return align_checkpoint(told, config)
 
 
-def describe(math_code: AlignReport, instruct: AlignReport, aligned: RPOReport) -> str:
+def describe(math_code: TrainingReport, instruct: TrainingReport, aligned: RPOReport) -> str:
     """What each stage did to its held-out data."""
     lines = [
         f"{name}: held-out loss {report.metrics_before['loss']:.3f} -> {report.metrics['loss']:.3f}"

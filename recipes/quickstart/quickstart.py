@@ -27,7 +27,7 @@ from transformers.utils import logging as transformers_logging
 from hf_minitron.data import load_text
 from hf_minitron.distill.config import DistillationConfig
 from hf_minitron.distill.inputs import DistillArguments
-from hf_minitron.distill.stage import DistillReport, distill_checkpoint
+from hf_minitron.distill.stage import distill_checkpoint
 from hf_minitron.evaluate.perplexity import PerplexityResult, evaluate_perplexity
 from hf_minitron.prune.arguments import CalibrationArguments, PruneOutput, ScoreOutput
 from hf_minitron.prune.importance import ImportanceScores
@@ -36,6 +36,7 @@ from hf_minitron.prune.stage import prune_checkpoint, score_checkpoint
 from hf_minitron.prune.target import PruneConfig
 from hf_minitron.publish.plots import plot_importance, plot_losses
 from hf_minitron.publish.tables import markdown_table
+from hf_minitron.training import TrainingReport
 
 TEACHER = Path(__file__).parent / "teacher"
 SIZES = {"hidden_size": 168, "intermediate_size": 320}  # of 256 and 576: half of the parameters
@@ -113,7 +114,7 @@ def prune(method: str, teacher: Path, output_dir: Path) -> Path:
     return folder
 
 
-def distil(pruned: Path, teacher: Path, corpus: dict[str, Path], scale: Scale) -> DistillReport:
+def distil(pruned: Path, teacher: Path, corpus: dict[str, Path], scale: Scale) -> TrainingReport:
     print(f"\n3/4 distil: {pruned.name}", flush=True)
     arguments = DistillArguments(
         student_model=str(pruned),
@@ -176,7 +177,7 @@ def complete(model: Any, tokenizer: Any) -> str:
 def write_results(
     output_dir: Path,
     measured: dict[str, Measured],
-    reports: dict[str, DistillReport],
+    reports: dict[str, TrainingReport],
     scores: ImportanceScores,
     seconds: float,
 ) -> None:
@@ -204,7 +205,7 @@ def write_results(
     )
 
 
-def results_table(measured: dict[str, Measured], reports: dict[str, DistillReport]) -> str:
+def results_table(measured: dict[str, Measured], reports: dict[str, TrainingReport]) -> str:
     """Teacher, pruned and distilled models; the gap is that between pruned model and teacher in bits per byte."""
     bits = {name: m.result.bits_per_byte for name, m in measured.items()}
     trained = {"pruned + distilled": reports["minitron"], "random + distilled": reports["random"]}
@@ -226,7 +227,7 @@ def results_table(measured: dict[str, Measured], reports: dict[str, DistillRepor
     return markdown_table(header, rows)
 
 
-def loss_curve(report: DistillReport) -> list[tuple[float, float]]:
+def loss_curve(report: TrainingReport) -> list[tuple[float, float]]:
     """(training tokens, held-out loss) before training and at every evaluation."""
     tokens_per_step = report.num_tokens / max(entry["step"] for entry in report.log_history)
     evaluations = [entry for entry in report.log_history if "eval_lm_loss" in entry]

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from hf_minitron.hub_files import fetch_snapshot
 from hf_minitron.source_cards import read_card_facts
@@ -166,6 +166,18 @@ def read_config(
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder} has no config.json: it is not a Hugging Face checkpoint folder.")
     return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+
+
+def load_weights(source: Checkpoint, dtype: torch.dtype, **options: Any) -> PreTrainedModel:
+    """A checkpoint's model in ``dtype``; ``options`` are ``from_pretrained``'s.
+
+    Raises ValueError when a weight is NaN or Inf.
+    """
+    model = AutoModelForCausalLM.from_pretrained(source.folder, dtype=dtype, use_safetensors=True, **options)
+    for name, parameter in model.named_parameters():
+        if not parameter.is_meta:  # offloaded by a device map
+            check_finite(name, parameter)
+    return model
 
 
 def check_finite(name: str, tensor: torch.Tensor) -> torch.Tensor:

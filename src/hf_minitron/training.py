@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,27 @@ from hf_minitron.whole_weights import save_adapters, save_whole
 SCHEDULE = ("learning_rate", "lr_scheduler_type", "warmup_steps", "seed")  # settings that are always told
 _NOTHING_ABOUT_THE_RESULT = {"output_dir", "logging_dir", "run_name", "overwrite", "resume_from_checkpoint"}
 _NOTHING_ABOUT_THE_RESULT |= {"disable_tqdm", "report_to"}
+
+
+@dataclass(frozen=True)
+class TrainingReport:
+    """What training gave: held-out metrics before and after (empty without held-out text), tokens, the log, seconds."""
+
+    output_dir: Path
+    num_tokens: int
+    metrics: dict[str, float]
+    metrics_before: dict[str, float]
+    log_history: list[dict[str, Any]]
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """Ready for JSON."""
+        return dataclasses.asdict(self) | {"output_dir": str(self.output_dir)}
+
+    def record(self, stage: Stage) -> None:
+        """Writes tokens and metrics into a stage's record."""
+        stage.tokens = self.num_tokens
+        stage.metrics = {"before": self.metrics_before, "after": self.metrics} if self.metrics else None
 
 
 def find_resume(output_dir: Path, resume: str | None, overwrite: bool) -> str | None:

@@ -202,7 +202,7 @@ def test_bad_input_is_refused_before_anything_is_written(tmp_path, arguments, pa
     def fail(*arguments, **options):
         raise AssertionError("too late")
 
-    monkeypatch.setattr(rounds, "load_to_train", fail)
+    monkeypatch.setattr(rounds, "load_weights", fail)
     talk = [{"role": "user", "content": "hi"}], [{"role": "assistant", "content": "ho"}]
     chats = [{"prompt": talk[0], "chosen": talk[1], "rejected": [{"role": "assistant", "content": "no"}],
               "chosen_reward": 1.0, "rejected_reward": 0.0}]  # fmt: skip

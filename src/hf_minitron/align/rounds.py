@@ -27,9 +27,9 @@ from hf_minitron.align.rewards import label_rewards
 from hf_minitron.align.rpo import RPOConfig, RPOTrainer
 from hf_minitron.align.samples import Sampling, sample_pairs
 from hf_minitron.align.scorers import RewardEndpoint, RewardModel, Scorer
-from hf_minitron.align.stage import TOLD_ELSEWHERE, load_to_train, train_and_measure
+from hf_minitron.align.stage import TOLD_ELSEWHERE, train_and_measure
 from hf_minitron.align.templates import check_chat_template
-from hf_minitron.checkpoint import Checkpoint, check_output_dir
+from hf_minitron.checkpoint import Checkpoint, check_output_dir, load_weights
 from hf_minitron.data import check_row_length
 from hf_minitron.lineage import LINEAGE_FILE, Stage, read_lineage
 from hf_minitron.training import (
@@ -146,8 +146,7 @@ class _Round:
             stage.inputs["reward_model"] = self.scorer.checkpoint.source
         stage.data = {"max_length": config.max_length, "train": train.facts | {"num_pairs": len(trainer.train_dataset)}}
         stage.data |= {"held_out": held_out.facts} if held_out else {}
-        stage.tokens = report.num_tokens
-        stage.metrics = {"before": report.metrics_before, "after": report.metrics} if report.metrics else None
+        report.record(stage)
         pairs = trainer.eval_dataset
 
         def measure(folder: Path) -> dict[str, Any]:
@@ -173,7 +172,7 @@ class _Round:
     def _make_trainer(
         self, source: Checkpoint, config: RPOConfig, rows: Dataset, held_out: Records | None
     ) -> RPOTrainer:
-        model = load_to_train(source, config.trust_remote_code)
+        model = load_weights(source, torch.float32, trust_remote_code=config.trust_remote_code)
         if self.arguments.judged:  # then what the options say of the data's columns is about others
             config.chosen_reward_column, config.rejected_reward_column = "chosen_reward", "rejected_reward"
         # TRL takes the model without adapters as reference when it adds them itself.

@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, Trainer, set_seed
+from transformers import AutoTokenizer, Trainer, set_seed
 
 from hf_minitron.adapters import LoraArguments, add_adapters
 from hf_minitron.align.arguments import SFTArguments
 from hf_minitron.align.conversations import check_lessons, load_held_out_records, load_train_records
 from hf_minitron.align.sft import SupervisedConfig, SupervisedTrainer
 from hf_minitron.align.templates import add_chat_template, check_chat_template, fit_model, training_tokenizer
-from hf_minitron.checkpoint import Checkpoint, check_finite
+from hf_minitron.checkpoint import Checkpoint, load_weights
 from hf_minitron.data import check_row_length, fingerprint_rows
 from hf_minitron.lineage import Stage
-from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_settings, save_trained, told_settings
+from hf_minitron.training import (
+    SCHEDULE,
+    TrainingReport,
+    empty_folder,
+    find_resume,
+    lora_settings,
+    save_trained,
+    told_settings,
+)
 
 LOG_FILE = "sft_log.json"
 TOLD_ELSEWHERE = ("model", "dataset", "eval_dataset", "max_length")
@@ -26,25 +31,9 @@ TOLD_ELSEWHERE = ("model", "dataset", "eval_dataset", "max_length")
 _TIMINGS = ("runtime", "per_second", "preparation_time", "num_tokens", "epoch")
 
 
-@dataclass(frozen=True)
-class AlignReport:
-    """What training gave: held-out metrics before and after (empty without held-out data), tokens, the log, seconds."""
-
-    output_dir: Path
-    num_tokens: int
-    metrics: dict[str, float]
-    metrics_before: dict[str, float]
-    log_history: list[dict[str, Any]]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """Ready for JSON."""
-        return dataclasses.asdict(self) | {"output_dir": str(self.output_dir)}
-
-
 def fine_tune_checkpoint(
     arguments: SFTArguments, config: SupervisedConfig, lora: LoraArguments | None = None
-) -> AlignReport:
+) -> TrainingReport:
     """Trains a model on what assistants said and writes it, in its own dtype, with tokenizer and lineage.
 
     The model trains with fp32 weights, whatever it is stored in. A base model is given a chat template on request
@@ -80,7 +69,7 @@ def fine_tune_checkpoint(
     marked = training_tokenizer(tokenizer) if "messages" in kinds else tokenizer
     if resume is None:
         empty_folder(output_dir)
-    model = load_to_train(source, config.trust_remote_code)
+    model = load_weights(source, torch.float32, trust_remote_code=config.trust_remote_code)
     if arguments.chat_template:
         fit_model(model, tokenizer, config.seed)
     if lora.lora_r is not None:
@@ -95,30 +84,19 @@ def fine_tune_checkpoint(
     stage.data = {"max_length": config.max_length, "train": train.facts}
     stage.data["train"]["fingerprint"] = fingerprint_rows(trainer.train_dataset)
     stage.data |= {"held_out": held_out.facts} if held_out else {}
-    stage.tokens = report.num_tokens
-    stage.metrics = {"before": report.metrics_before, "after": report.metrics} if report.metrics else None
+    report.record(stage)
     save_trained(trainer, source, output_dir, stage, LOG_FILE, tokenizer if arguments.chat_template else None)
     return report
 
 
-def load_to_train(source: Checkpoint, trust_remote_code: bool) -> PreTrainedModel:
-    """A checkpoint's model in fp32; refused when a weight is NaN or Inf."""
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=trust_remote_code
-    )
-    for name, parameter in model.named_parameters():
-        check_finite(name, parameter)
-    return model
-
-
-def train_and_measure(trainer: Trainer, output_dir: Path, resume: str | None) -> AlignReport:
+def train_and_measure(trainer: Trainer, output_dir: Path, resume: str | None) -> TrainingReport:
     """Trains one of TRL's trainers; with held-out data, tells what it measured at the start and at the end."""
     held_out = trainer.eval_dataset is not None
     seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
     after = _metrics(trainer.evaluate()) if held_out else {}
     first = next((entry for entry in trainer.state.log_history if "eval_loss" in entry and not entry["step"]), {})
     tokens = int(trainer._total_train_tokens)
-    return AlignReport(output_dir, tokens, after, _metrics(first), trainer.state.log_history, seconds)
+    return TrainingReport(output_dir, tokens, after, _metrics(first), trainer.state.log_history, seconds)
 
 
 def _metrics(metrics: dict[str, float]) -> dict[str, float]:

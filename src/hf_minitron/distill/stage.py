@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,25 +30,18 @@ from hf_minitron.distill.stream_inputs import STREAM_OPTIONS
 from hf_minitron.distill.teacher_cache import CachedTeacher
 from hf_minitron.distill.trainer import DistillationTrainer
 from hf_minitron.lineage import Stage
-from hf_minitron.training import SCHEDULE, empty_folder, find_resume, lora_settings, save_trained, told_settings
+from hf_minitron.training import (
+    SCHEDULE,
+    TrainingReport,
+    empty_folder,
+    find_resume,
+    lora_settings,
+    save_trained,
+    told_settings,
+)
 
 _ALWAYS_TOLD = ("divergence", "temperature", "ce_weight", *SCHEDULE)
 _TOLD_ELSEWHERE = {"student_model", "teacher_model", "teacher_cache", "dataset", "eval_dataset", *STREAM_OPTIONS}
-
-
-@dataclass(frozen=True)
-class DistillReport:
-    """What training gave: held-out metrics before and after (empty without held-out text), tokens, the log, seconds."""
-
-    output_dir: Path
-    num_tokens: int
-    metrics: dict[str, float]
-    metrics_before: dict[str, float]
-    log_history: list[dict[str, Any]]
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        return dataclasses.asdict(self) | {"output_dir": str(self.output_dir)}
 
 
 def distill_checkpoint(
@@ -58,7 +50,7 @@ def distill_checkpoint(
     lora: LoraArguments | None = None,
     correction: ParallelCorrection | None = None,
     inputs: DistillInputs | None = None,
-) -> DistillReport:
+) -> TrainingReport:
     """Trains the student on the teacher's logits and writes it, in its own dtype, with tokenizer and lineage.
 
     The student trains with fp32 weights, whatever it is stored in. An interrupted run leaves ``checkpoint-*`` folders
@@ -74,12 +66,7 @@ def distill_checkpoint(
     stage = Stage("distill", settings=_settings(arguments, config) | lora_settings(lora) | correction.settings())
     output_dir = Path(config.output_dir)
     resume = find_resume(output_dir, config.resume_from_checkpoint, arguments.overwrite)
-    if correction.corrected_teacher_dir is not None:
-        if Path(correction.corrected_teacher_dir).resolve() == output_dir.resolve():
-            raise ValueError(
-                f"corrected_teacher_dir and output_dir are both {output_dir}: give one of its own to each."
-            )
-        check_output_dir(correction.corrected_teacher_dir, arguments.overwrite or resume is not None)
+    _check_teacher_dir(correction.corrected_teacher_dir, output_dir, arguments.overwrite or resume is not None)
     student = open_checkpoint(arguments.student_model, arguments.student_revision, arguments)
     if inputs is None:
         inputs = load_inputs(arguments, config, student)
@@ -108,18 +95,16 @@ def distill_checkpoint(
     before = _metrics(trainer.evaluate()) if held_out and resume is None else {}
     seconds = trainer.train(resume_from_checkpoint=resume).metrics["train_runtime"]
     after = _metrics(trainer.evaluate()) if held_out else {}
-    report = DistillReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
+    report = TrainingReport(output_dir, trainer.num_tokens_seen, after, before, trainer.state.log_history, seconds)
     teacher = inputs.teacher.described if isinstance(inputs.teacher, Checkpoint) else inputs.teacher.source
     stage.inputs = {"student": student.described, "teacher": teacher}
     stage.data = {"max_length": inputs.max_length, "train": trainer.describe_stream() or train.facts}
     stage.data |= {"held_out": held_out.facts} if held_out else {}
-    stage.tokens = report.num_tokens
-    stage.metrics = {"before": before, "after": after} if after else None
+    report.record(stage)
     save_trained(trainer, student, output_dir, stage, LOG_FILE)
     if correction.corrected_teacher_dir is not None:
-        stage = dataclasses.replace(stage, stage="correct", inputs={"teacher": teacher}, files=None)
-        stage.metrics = {when: {"held_out": _of_teacher(found)} for when, found in (stage.metrics or {}).items()}
-        save_teacher(trainer, inputs.teacher, Path(correction.corrected_teacher_dir), stage)
+        folder = Path(correction.corrected_teacher_dir)
+        save_teacher(trainer, inputs.teacher, folder, _record_of_teacher(stage))
     if config.push_to_hub and trainer.is_world_process_zero():
         push_output(config)
     return report
@@ -129,10 +114,24 @@ def _settings(arguments: DistillArguments, config: DistillationConfig) -> dict[s
     return told_settings(arguments, config, DistillationConfig, _ALWAYS_TOLD, _TOLD_ELSEWHERE)
 
 
-def _of_teacher(metrics: dict[str, float]) -> dict[str, float]:
-    """The teacher's own, named as in a correction."""
+def _check_teacher_dir(folder: str | None, output_dir: Path, overwrite: bool) -> None:
+    """Where a corrected teacher is to be written, if at all, must not be the student's place, nor hold anything."""
+    if folder is None:
+        return
+    if Path(folder).resolve() == output_dir.resolve():
+        raise ValueError(f"corrected_teacher_dir and output_dir are both {output_dir}: give one of its own to each.")
+    check_output_dir(folder, overwrite)
+
+
+def _record_of_teacher(stage: Stage) -> Stage:
+    """The record of the teacher that was corrected meanwhile, its metrics named as in a correction."""
     own = {"teacher_lm_loss": "lm_loss", "teacher_perplexity": "perplexity", "num_tokens": "num_tokens"}
-    return {own[name]: value for name, value in metrics.items() if name in own}
+    metrics = {
+        when: {"held_out": {own[name]: value for name, value in found.items() if name in own}}
+        for when, found in (stage.metrics or {}).items()
+    }
+    inputs = {"teacher": stage.inputs["teacher"]}
+    return dataclasses.replace(stage, stage="correct", inputs=inputs, metrics=metrics, files=None)
 
 
 def _origin(student: Checkpoint, teacher: Checkpoint | CachedTeacher) -> StudentOrigin | None:

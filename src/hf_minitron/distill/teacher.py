@@ -13,10 +13,10 @@ from typing import Any, Literal, NamedTuple, Protocol, get_args
 import torch
 from accelerate import Accelerator
 from torch import Tensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hf_minitron.architectures import LogitTransform, get_logit_transform
-from hf_minitron.checkpoint import Checkpoint, check_finite
+from hf_minitron.checkpoint import Checkpoint, load_weights
 from hf_minitron.distill.compatibility import backbone
 from hf_minitron.distill.sharding import gathered, prepare_teacher, redirected_forward
 
@@ -138,18 +138,8 @@ def load_model(
     that multiplies in ``dtype``. ``device_map`` is that of ``from_pretrained``: "auto" spreads the layers over the
     devices there are. A quantized model must be loaded where it stays, so give one if it is not to be the default GPU.
     """
-    model = AutoModelForCausalLM.from_pretrained(
-        source.folder,
-        dtype=dtype,
-        use_safetensors=True,
-        trust_remote_code=trust_remote_code,
-        device_map=device_map,
-        quantization_config=check_quantization(quantization, dtype),
-    )
-    for name, parameter in model.named_parameters():
-        if not parameter.is_meta:  # offloaded by the device map
-            check_finite(name, parameter)
-    return model
+    how = {"device_map": device_map, "quantization_config": check_quantization(quantization, dtype)}
+    return load_weights(source, dtype, trust_remote_code=trust_remote_code, **how)
 
 
 def check_quantization(quantization: str | None, dtype: torch.dtype) -> BitsAndBytesConfig | None:
